@@ -1,0 +1,136 @@
+"""The built-in routers, and the way to build any router by name.
+
+Importing this package loads no torch; building a router does.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from moectl.errors import ConfigError, MoectlError
+
+if TYPE_CHECKING:
+    from moectl.config.schema import ExperimentConfig
+    from moectl.moe.router import Router, RouterConfig
+
+__all__ = [
+    "RouterOptionError",
+    "build_router",
+    "describe_router",
+    "resolve_router",
+    "router_class",
+    "router_config",
+]
+
+
+class RouterOptionError(ConfigError, ValueError):
+    """A router option that does not exist, has the wrong type, or does not fit the layer."""
+
+
+def build_router(name: str, *, hidden_size: int, num_experts: int, top_k: int | None = None, **options: Any) -> Router:
+    """A fresh router.
+
+    Args:
+        name: a router's name, or ``path.py:Class``.
+        hidden_size: ``D``.
+        num_experts: ``E``.
+        top_k: experts per token, for routers that let it be chosen; None is the router's default.
+        options: the router's own, checked by its ``Config``.
+
+    Raises:
+        ConfigError: no such router; RouterOptionError (also a ValueError) for its options.
+
+    >>> build_router("topk", hidden_size=64, num_experts=8, top_k=2).weight.shape
+    torch.Size([8, 64])
+    """
+    cls = router_class(name)
+    config = _validate(cls, name, options, top_k)
+    try:
+        return cls(config, hidden_size=hidden_size, num_experts=num_experts)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, MoectlError):
+            raise
+        raise RouterOptionError(f"router '{name}': {error}", f"See `moectl routers show {name}`.") from error
+
+
+def router_class(name: str) -> type[Router]:
+    """The class of a router; anything that is no :class:`moectl.moe.Router` is refused."""
+    from moectl.moe.router import Router
+    from moectl.plugins import load_router_class
+
+    cls = load_router_class(name)
+    if not (isinstance(cls, type) and issubclass(cls, Router)):
+        raise ConfigError(
+            f"the router '{name}' is {cls!r}, not a subclass of moectl.moe.Router",
+            "Subclass moectl.moe.Router and implement route().",
+        )
+    return cls
+
+
+def router_config(name: str, **options: Any) -> RouterConfig:
+    """A router's options, checked and complete with its defaults."""
+    return _validate(router_class(name), name, options, None)
+
+
+def resolve_router(config: ExperimentConfig) -> ExperimentConfig:
+    """``config`` with its router's options checked and written out in full.
+
+    Two configs that mean the same router then have the same content hash, however they spelt it.
+    """
+    if config.moe is None:
+        return config
+    name = config.moe.router_name
+    checked = _validate(router_class(name), name, config.moe.router_options, None, prefix="moe.router.")
+    options = checked.model_dump(mode="json")
+    moe = config.moe.model_copy(update={"router": {"name": name, **options}})
+    return config.model_copy(update={"moe": moe})
+
+
+def describe_router(name: str) -> dict[str, Any]:
+    """A router's class, documentation and options, as JSON-ready data with stable keys."""
+    cls = router_class(name)
+    options = [
+        {
+            "name": key,
+            "type": _type_name(field.annotation),
+            "default": field.get_default(call_default_factory=True),
+            "description": field.description,
+        }
+        for key, field in cls.Config.model_fields.items()
+    ]
+    return {
+        "name": name,
+        "class": f"{cls.__module__}:{cls.__qualname__}",
+        "doc": inspect.cleandoc(cls.__doc__ or ""),
+        "options": options,
+    }
+
+
+def _type_name(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+
+
+def _validate(
+    cls: type[Router], name: str, options: dict[str, Any], top_k: int | None, prefix: str = ""
+) -> RouterConfig:
+    from pydantic import ValidationError
+
+    from moectl.config.loading import explain_validation
+
+    known = list(cls.Config.model_fields)
+    if top_k is not None and "top_k" in known:
+        options = {**options, "top_k": top_k}
+    elif top_k not in (None, 1):
+        raise RouterOptionError(
+            f"router '{name}' does not let top_k be chosen, but top_k={top_k} was given",
+            "Use the router 'topk', or leave top_k away.",
+        )
+    listing = f"Its options: {', '.join(known)}." if known else "It has no options."
+    try:
+        return cls.Config.model_validate(options)
+    except ValidationError as error:
+        explained = explain_validation(error, cls.Config, noun="option", prefix=prefix, fallback=listing)
+        raise RouterOptionError(f"router '{name}': {explained.message}", explained.hint) from error
+    except ValueError as error:  # raised by the Config's own code
+        raise RouterOptionError(f"router '{name}': {error}", listing) from error
