@@ -1,0 +1,86 @@
+"""Collapse detection, per layer and never over a mean of layers (SPEC §6)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from moectl.config.schema import CollapseConfig
+from moectl.moe.stats import shares
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One layer's trouble at one check.
+
+    Attributes:
+        layer: layer number.
+        kind: ``dominance`` (one expert takes too many tokens) or ``starvation`` (one gets almost none).
+        expert: the expert.
+        share: of tokens for dominance, of assignments for starvation.
+        in_a_row: consecutive checks at which this layer was in trouble, this one included.
+        collapsed: whether that makes it a collapse.
+    """
+
+    layer: int
+    kind: str
+    expert: int
+    share: float
+    in_a_row: int
+    collapsed: bool
+
+    def __str__(self) -> str:
+        verb = "takes" if self.kind == "dominance" else "gets only"
+        state = "collapsed" if self.collapsed else "warning"
+        unit = "tokens" if self.kind == "dominance" else "assignments"
+        return (
+            f"layer {self.layer} {state}: expert {self.expert} {verb} {self.share:.1%} of {unit}"
+            f" ({self.in_a_row} checks in a row)"
+        )
+
+
+class CollapseDetector:
+    """Looks at each layer's counts since the last check; ``patience`` bad checks in a row are a collapse."""
+
+    def __init__(self, config: CollapseConfig) -> None:
+        self.config = config
+        self.in_a_row: dict[int, int] = {}
+
+    def check(self, counts: Mapping[int, Tensor], tokens: int, top_k: int) -> list[Finding]:
+        """Findings of this check, worst layer first.
+
+        Args:
+            counts: per layer ``[E]`` assignments since the last check.
+            tokens: real tokens since the last check.
+            top_k: experts per token.
+        """
+        findings = []
+        for layer, counts_E in counts.items():
+            trouble = self._trouble(counts_E, tokens, top_k)
+            self.in_a_row[layer] = self.in_a_row.get(layer, 0) + 1 if trouble else 0
+            if trouble:
+                row = self.in_a_row[layer]
+                findings.append(Finding(layer, *trouble, row, row >= self.config.patience))
+        return sorted(findings, key=lambda finding: (finding.in_a_row, finding.share), reverse=True)
+
+    def _trouble(self, counts_E: Tensor, tokens: int, top_k: int) -> tuple[str, int, float] | None:
+        num_experts, total = counts_E.numel(), int(counts_E.sum())
+        if total == 0 or top_k >= num_experts:
+            return None
+        of_tokens = counts_E.double() / max(tokens, 1)
+        if float(of_tokens.max()) > self.config.max_share:
+            return "dominance", int(of_tokens.argmax()), float(of_tokens.max())
+        share_E = shares(counts_E)
+        starved = float(share_E.min()) < self.config.min_share_of_uniform / num_experts
+        if starved and total / num_experts >= self.config.min_expected_count:
+            return "starvation", int(share_E.argmin()), float(share_E.min())
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"in_a_row": {str(layer): row for layer, row in self.in_a_row.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.in_a_row = {int(layer): row for layer, row in state["in_a_row"].items()}

@@ -1,0 +1,53 @@
+"""What the training loop asks of whoever keeps its records. It knows nothing of files or databases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from moectl.models.decoder import Decoder
+
+Status = Literal["finished", "interrupted", "collapsed", "failed"]
+#: Scores the model on held-out text: metric name to value. Pure language-model losses only. Called with the
+#: model and whether this is the final evaluation.
+Evaluate = Callable[[Decoder, bool], Mapping[str, float]]
+
+
+class RunLogger(Protocol):
+    """Takes metrics, events and routing counts, durably and in order."""
+
+    def log(self, step: int, tokens: int, values: Mapping[str, float]) -> None: ...
+
+    def event(self, kind: str, message: str, **details: Any) -> None: ...
+
+    def routing(self, step: int, payload: Mapping[str, Any]) -> None: ...
+
+
+class Progress(Protocol):
+    """Shows where the run is; called after every optimizer step."""
+
+    def __call__(self, step: int, values: Mapping[str, float]) -> None: ...
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        status: ``finished``, ``interrupted`` (a checkpoint was written), ``collapsed`` (early stop) or ``failed``.
+        reason: one sentence for people.
+        step: optimizer steps done.
+        tokens: training tokens seen.
+        metrics: the last value of every metric.
+        train_seconds: time in optimizer steps only, this process (no evaluation, no checkpoints).
+        train_tokens: tokens trained on in that time.
+    """
+
+    status: Status
+    reason: str
+    step: int
+    tokens: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    train_seconds: float = 0.0
+    train_tokens: int = 0

@@ -1,0 +1,69 @@
+"""Device, threads, seeds and precision: what surrounds the arithmetic."""
+
+from __future__ import annotations
+
+import random
+import resource
+import sys
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+
+from moectl.config.schema import TrainConfig
+from moectl.errors import ConfigError, MissingDependencyError
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        MissingDependencyError: a device that this machine has not (exit code 5).
+        ConfigError: not a device name.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"'{name}' is not a device", "Use auto, cpu or cuda.") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise MissingDependencyError(f"there is no device '{name}' on this machine", "Use --device cpu or auto.")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device '{name}' is not supported", "Use auto, cpu or cuda.")
+    return device
+
+
+def configure(train: TrainConfig) -> torch.device:
+    """Apply threads, determinism and device of a run; seeds are set apart by :func:`seed_all`."""
+    if train.threads is not None:
+        torch.set_num_threads(train.threads)
+    torch.use_deterministic_algorithms(train.deterministic)
+    return resolve_device(train.device)
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python, NumPy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def precision_context(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Autocast for bfloat16; nothing for full precision. Router arithmetic stays in float32 by itself."""
+    if precision == "bfloat16":
+        return torch.autocast(device_type=device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def parameter_dtype(precision: str) -> torch.dtype:
+    """Master weights are float32 unless the run is a float64 one."""
+    return torch.float64 if precision == "float64" else torch.float32
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory: allocated on the device for CUDA, resident in the process otherwise."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,1 @@
+"""The walk itself: each module joins services into one step that a command can take."""

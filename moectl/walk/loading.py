@@ -1,0 +1,99 @@
+"""Runs back into models: the latest checkpoint, verified, with the tokenizer that it was trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from moectl.config.schema import ExperimentConfig
+from moectl.corpus.store import find_dataset
+from moectl.errors import NotFoundError
+from moectl.models.config import DecoderConfig
+from moectl.models.decoder import Decoder
+from moectl.runs.find import find_run
+from moectl.runs.rundir import RunDir
+from moectl.training.state import (
+    Checkpoint,
+    checkpoint_steps,
+    load_checkpoint,
+    load_model_strict,
+    newest_checkpoint,
+    step_name,
+)
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+class LoadedRun(NamedTuple):
+    """A run's model and where it came from.
+
+    Attributes:
+        model: in eval mode, on the CPU.
+        folder: the run folder.
+        data: the prepared dataset's folder.
+        step: the step of the checkpoint.
+        messages: one for every bad checkpoint on the way to a good one.
+    """
+
+    model: Decoder
+    folder: Path
+    data: Path
+    step: int
+    messages: list[str]
+
+
+def load_run(run: str | Path | None = None, *, step: int | None = None) -> LoadedRun:
+    """The model of a run (id, unique prefix or folder; None: the newest finished), at its last or a given step.
+
+    Raises:
+        NotFoundError: no such run, dataset or checkpoint (exit code 4).
+        CheckError: the checkpoint is damaged (exit code 3).
+    """
+    folder = find_run(run)
+    checkpoint, messages = _checkpoint(folder / "checkpoints", step)
+    model = decoder_from(checkpoint)
+    return LoadedRun(model.eval(), folder, find_dataset(run_record(folder)["data"]["id"]), checkpoint.step, messages)
+
+
+def load(run: str | Path | None = None) -> tuple[Decoder, Tokenizer]:
+    """A run's model, ready to call or generate, and its tokenizer: ``model, tokenizer = moectl.load("RUN")``."""
+    from moectl.corpus.loader import PackedDataset
+
+    loaded = load_run(run)
+    return loaded.model, PackedDataset.open(loaded.data, verify=False).tokenizer()
+
+
+def decoder_from(checkpoint: Checkpoint) -> Decoder:
+    """The decoder that a checkpoint describes, with its weights in their own dtype.
+
+    Raises:
+        MoectlError: a key is missing, unexpected or of the wrong shape.
+    """
+    weights = checkpoint.tensors["model"]
+    model = Decoder(DecoderConfig.from_dict(checkpoint.state["decoder"]))
+    model = model.to(weights["embed_tokens.weight"].dtype)
+    load_model_strict(model, weights)
+    return model
+
+
+def run_record(folder: Path) -> dict[str, Any]:
+    """What run.json says."""
+    return RunDir.open(folder).record
+
+
+def run_config(folder: Path) -> ExperimentConfig:
+    """The resolved configuration that a run was made with."""
+    import yaml
+
+    return ExperimentConfig.model_validate(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+
+
+def _checkpoint(root: Path, step: int | None) -> tuple[Checkpoint, list[str]]:
+    if step is None:
+        return newest_checkpoint(root, parts=("model",))
+    folder = root / step_name(step)
+    if not folder.is_dir():
+        steps = ", ".join(str(kept) for kept in checkpoint_steps(root)) or "none"
+        raise NotFoundError(f"the run {root.parent.name} has no checkpoint of step {step}", f"It has: {steps}.")
+    return load_checkpoint(folder, parts=("model",)), []

@@ -1,0 +1,85 @@
+"""The model that a run starts from: drawn afresh, taken from a run, or upcycled from a dense run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moectl.config.schema import ExperimentConfig, MoEConfig
+from moectl.corpus.manifest import Manifest
+from moectl.errors import CheckError, ConfigError, NotFoundError, did_you_mean
+from moectl.models.config import SIZES, decoder_config
+from moectl.models.decoder import Decoder
+from moectl.models.upcycle import upcycle_decoder
+from moectl.training.runtime import seed_all
+from moectl.walk.loading import load_run, run_record
+
+
+def build_model(config: ExperimentConfig, manifest: Manifest) -> tuple[Decoder, dict[str, Any]]:
+    """The model at step 0 and a record of its base: ``{"kind", "id", "step"}``.
+
+    Dense and MoE runs of one seed share every weight that both have: the dense model is drawn
+    first, then its chosen MLPs are replaced.
+
+    Raises:
+        ConfigError: an unknown base, overrides on a trained base, a base that does not fit.
+        CheckError: a base that was trained with another tokenizer (exit code 3).
+    """
+    seed_all(config.train.seed)
+    if config.model.base in SIZES:
+        shape = decoder_config(config.model, vocab_size=manifest.vocab_size, eos_token_id=manifest.eos_id)
+        model, base = Decoder(shape), {"kind": "scratch", "id": config.model.base, "step": 0}
+    else:
+        model, base = _trained_base(config, manifest)
+    if config.moe is not None:
+        moe = resolve_init(config.moe, trained=base["kind"] == "run")
+        generator = torch.Generator().manual_seed(config.train.seed)
+        model = upcycle_decoder(model, moe, generator)
+    return model, base
+
+
+def resolve_init(moe: MoEConfig, *, trained: bool) -> MoEConfig:
+    """``init: auto`` is ``copy`` from a trained base and ``random`` from scratch."""
+    if moe.init != "auto":
+        return moe
+    return moe.model_copy(update={"init": "copy" if trained else "random"})
+
+
+def count_parameters(model: Decoder) -> dict[str, int]:
+    """Parameters: total, active per token (embeddings and all, k experts of E), and inactive."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    inactive = 0
+    for layer in model.moe_layers().values():
+        per_expert = sum(p.numel() for p in layer.experts.parameters()) // layer.experts.num_experts
+        inactive += per_expert * (layer.experts.num_experts - layer.router.top_k)
+    return {"total": total, "active": total - inactive, "inactive": inactive}
+
+
+def _trained_base(config: ExperimentConfig, manifest: Manifest) -> tuple[Decoder, dict[str, Any]]:
+    given = config.model.model_dump(exclude={"base"}, exclude_none=True)
+    if given:
+        raise ConfigError(
+            f"model.{next(iter(given))} cannot be set for the trained base '{config.model.base}'",
+            f"A run brings its own shape. To start from scratch, use one of: {', '.join(SIZES)}.",
+        )
+    try:
+        loaded = load_run(config.model.base)
+    except NotFoundError as error:
+        hint = did_you_mean(config.model.base, SIZES) or error.hint
+        raise ConfigError(
+            f"unknown base '{config.model.base}': neither a size ({', '.join(SIZES)}) nor a run", hint
+        ) from error
+    tokenizer = Manifest.load(loaded.data).tokenizer.sha256
+    if tokenizer != manifest.tokenizer.sha256:
+        raise CheckError(
+            f"the base '{loaded.folder.name}' was trained with another tokenizer than dataset {manifest.id}",
+            f"Train on the base's own data (--data {loaded.data.name}), or prepare with its tokenizer:"
+            f" moectl prepare --tokenizer {loaded.data}",
+        )
+    return loaded.model.train(), {
+        "kind": "run",
+        "id": loaded.folder.name,
+        "step": loaded.step,
+        "run_key": run_record(loaded.folder).get("run_key"),
+    }

@@ -1,0 +1,247 @@
+"""The loop: what it reports, what it stops for, and that a resumed run is the same run."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from moectl.config.schema import ExperimentConfig
+from moectl.corpus.loader import BlockSampler, PackedDataset, targets
+from moectl.corpus.manifest import Manifest
+from moectl.errors import ConfigError, MoectlError
+from moectl.training.state import checkpoint_steps, newest_checkpoint
+from moectl.training.trainer import Trainer
+from moectl.walk.models import build_model
+
+Make = Callable[..., ExperimentConfig]
+
+
+class Recorder:
+    """A logger that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.events: list[tuple[str, str]] = []
+        self.counts: list[tuple[int, Mapping[str, Any]]] = []
+
+    def log(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
+        self.rows.append((step, {k: v for k, v in values.items() if k != "train/tokens_per_second"}))
+
+    def event(self, kind: str, message: str, **details: Any) -> None:
+        self.events.append((kind, message))
+
+    def routing(self, step: int, payload: Mapping[str, Any]) -> None:
+        self.counts.append((step, payload))
+
+
+def make_trainer(config: ExperimentConfig, data: PackedDataset, folder: Path, **options: Any) -> Trainer:
+    model, _ = build_model(config, Manifest.load(data.folder))
+    logger = options.pop("logger", None) or Recorder()
+    return Trainer(model, data, config, logger=logger, checkpoints=folder, **options)
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different, different
+
+
+def test_training_learns_and_reports_lm_loss_apart(experiment: Make, dataset: PackedDataset, tmp_path: Path) -> None:
+    trainer = make_trainer(experiment(train={"steps": 40}), dataset, tmp_path)
+    result = trainer.train()
+    rows = trainer.logger.rows  # type: ignore[attr-defined]
+    train = [values for _, values in rows if "train/loss" in values]
+    assert result.status == "finished" and result.step == len(train) == 40
+    assert train[-1]["train/lm_loss"] < 0.8 * train[0]["train/lm_loss"]
+    for values in train:
+        total = values["train/lm_loss"] + 0.01 * values["train/lb_loss"] + 0.001 * values["train/z_loss"]
+        assert values["train/loss"] == pytest.approx(total, rel=1e-6)
+        assert {"balance/layer.0", "balance/layer.1", "max_share/layer.1", "balance/worst"} <= values.keys()
+    assert result.tokens == 40 * 4 * 16
+
+
+def test_dense_run_has_no_routing_numbers(experiment: Make, dataset: PackedDataset, tmp_path: Path) -> None:
+    trainer = make_trainer(experiment(moe=None), dataset, tmp_path)
+    trainer.train()
+    names = {name for _, values in trainer.logger.rows for name in values}  # type: ignore[attr-defined]
+    assert not {name for name in names if "balance" in name or "lb_" in name or "z_" in name}
+
+
+def test_dense_and_moe_of_one_seed_share_all_common_weights_and_data_order(
+    experiment: Make, dataset: PackedDataset, tmp_path: Path
+) -> None:
+    dense = make_trainer(experiment(moe=None), dataset, tmp_path / "dense")
+    sparse = make_trainer(experiment(), dataset, tmp_path / "moe")
+    ours, theirs = weights(dense), weights(sparse)
+    common = ours.keys() & theirs.keys()
+    assert {"embed_tokens.weight", "layers.1.self_attn.q_proj.weight", "norm.weight"} <= common
+    assert all(torch.equal(ours[name], theirs[name]) for name in common)
+    assert all((dense.sampler.next() == sparse.sampler.next()).all() for _ in range(30))
+
+
+@pytest.mark.parametrize("router", [None, "top1", "switch", "top2"])
+@pytest.mark.parametrize("stop", [4, 8])
+def test_resume_is_bit_exact(
+    experiment: Make, dataset: PackedDataset, tmp_path: Path, router: str | None, stop: int
+) -> None:
+    moe = None if router is None else {"router": {"name": router, "noise_std": 0.5}}
+    config = experiment(moe=moe, train={"grad_accum": 2, "keep_checkpoints": 5})
+    whole = make_trainer(config, dataset, tmp_path / "whole")
+    whole.train()
+
+    interrupted = make_trainer(config, dataset, tmp_path / "cut", progress=_interrupt_at(stop))
+    assert interrupted.train().status == "interrupted"
+    resumed = make_trainer(config, dataset, tmp_path / "cut")
+    checkpoint, messages = newest_checkpoint(tmp_path / "cut")
+    assert (checkpoint.step, messages) == (stop, [])
+    torch.manual_seed(999)  # a resumed process starts anywhere
+    resumed.restore(checkpoint)
+    assert resumed.train().status == "finished"
+
+    assert_equal(weights(whole), weights(resumed))
+    after = [row for row in whole.logger.rows if row[0] > stop]  # type: ignore[attr-defined]
+    assert after == resumed.logger.rows  # type: ignore[attr-defined]
+    counts = [row for row in whole.logger.counts if row[0] > stop]  # type: ignore[attr-defined]
+    assert counts == resumed.logger.counts  # type: ignore[attr-defined]
+
+
+def _interrupt_at(step: int) -> Callable[[int, Mapping[str, float]], None]:
+    def progress(now: int, values: Mapping[str, float]) -> None:
+        if now == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return progress
+
+
+def test_restore_refuses_another_config(experiment: Make, dataset: PackedDataset, tmp_path: Path) -> None:
+    make_trainer(experiment(train={"steps": 4}), dataset, tmp_path).train()
+    checkpoint, _ = newest_checkpoint(tmp_path)
+    other = make_trainer(experiment(train={"steps": 4, "seed": 1}), dataset, tmp_path / "other")
+    with pytest.raises(ConfigError, match="another config"):
+        other.restore(checkpoint)
+
+
+def test_gradient_accumulation_gives_the_gradient_of_the_whole_batch(
+    experiment: Make, dataset: PackedDataset, tmp_path: Path
+) -> None:
+    """Same blocks, cut 1 x 8 and 4 x 2: the dense losses and steps agree to rounding (float64: 1e-12)."""
+    one = experiment(moe=None, train={"precision": "float64", "batch_size": 8, "steps": 4})
+    four = experiment(moe=None, train={"precision": "float64", "batch_size": 2, "grad_accum": 4, "steps": 4})
+    ours, theirs = make_trainer(one, dataset, tmp_path / "1"), make_trainer(four, dataset, tmp_path / "4")
+    for _ in range(3):
+        first, _ = ours.optimizer_step()
+        second, _ = theirs.optimizer_step()
+        assert first["train/lm_loss"] == pytest.approx(second["train/lm_loss"], rel=1e-12)
+        assert first["train/grad_norm"] == pytest.approx(second["train/grad_norm"], rel=1e-10)
+
+
+def test_lm_loss_of_a_step_is_the_mean_over_its_scored_tokens(
+    experiment: Make, dataset: PackedDataset, tmp_path: Path
+) -> None:
+    config = experiment(moe={"router": {"name": "top1", "noise_std": 0.0}}, train={"grad_accum": 3})
+    trainer = make_trainer(config, dataset, tmp_path)
+    sampler = BlockSampler(dataset.train.num_blocks, batch_size=4, seed=0)
+    total, scored = 0.0, 0
+    with torch.no_grad():
+        for _ in range(3):
+            batch = dataset.train.batch(sampler.next())
+            logits = trainer.model(batch.input_ids[:, :-1], doc_ids=batch.doc_ids[:, :-1])
+            labels = targets(batch)
+            total += float(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
+            scored += int((labels >= 0).sum())
+    metrics, problem = trainer.optimizer_step()
+    assert problem is None
+    assert metrics["train/lm_loss"] == pytest.approx(total / scored, rel=1e-5)
+
+
+def test_running_counts_deviate_from_the_whole_step_only_with_accumulation(
+    experiment: Make, dataset: PackedDataset, tmp_path: Path
+) -> None:
+    whole, _ = make_trainer(experiment(), dataset, tmp_path / "1").optimizer_step()
+    cut, _ = make_trainer(experiment(train={"grad_accum": 4}), dataset, tmp_path / "4").optimizer_step()
+    assert whole["balance/running_deviation"] == pytest.approx(0.0, abs=1e-6)
+    assert 0 < cut["balance/running_deviation"] < 0.5
+
+
+def test_not_finite_stops_before_the_weights_move_and_names_the_layer(
+    experiment: Make, dataset: PackedDataset, tmp_path: Path
+) -> None:
+    trainer = make_trainer(experiment(train={"steps": 8}), dataset, tmp_path, progress=None)
+    trainer.train_config = trainer.train_config.model_copy(update={"steps": 4})
+    trainer.train()
+    with torch.no_grad():
+        trainer.model.layers[1].mlp.experts.down_proj[2, 0, 0] = math.inf
+    trainer.train_config = trainer.train_config.model_copy(update={"steps": 8})
+    before = weights(trainer)
+    result = trainer.train()
+    assert result.status == "failed" and result.step == 4
+    assert "layers.1.mlp" in result.reason
+    assert_equal(before, weights(trainer))
+    assert checkpoint_steps(tmp_path)[-1] == 4
+    good, messages = newest_checkpoint(tmp_path)
+    assert not messages and torch.isfinite(good.tensors["model"]["layers.1.mlp.experts.down_proj"]).all()
+
+
+def test_weights_that_are_not_finite_never_reach_a_checkpoint(
+    experiment: Make, dataset: PackedDataset, tmp_path: Path
+) -> None:
+    trainer = make_trainer(experiment(), dataset, tmp_path)
+    with torch.no_grad():
+        trainer.model.norm.weight[0] = math.nan
+    with pytest.raises(MoectlError, match=r"norm\.weight is not finite"):
+        trainer.save()
+    assert checkpoint_steps(tmp_path) == []
+
+
+def test_collapse_stops_the_run_where_early_stop_is_set(
+    experiment: Make, dataset: PackedDataset, tmp_path: Path
+) -> None:
+    """A gate that sends everything to expert 0: three bad checks in a row, one every 4 steps."""
+    changes: dict[str, Any] = {"moe": {"lb_coef": 0.0, "router": {"name": "top1", "noise_std": 0.0}}}
+    for early_stop, steps in ((True, 12), (False, 16)):
+        config = experiment(**changes, train={"steps": 16, "early_stop": early_stop})
+        trainer = make_trainer(config, dataset, tmp_path / str(early_stop))
+        with torch.no_grad():
+            trainer.layers[0].router.weight.zero_()  # every logit ties: the lowest index takes all
+        trainer.layers[0].router.weight.requires_grad_(False)
+        result = trainer.train()
+        events = trainer.logger.events  # type: ignore[attr-defined]
+        assert [kind for kind, text in events if "layer 0" in text][:3] == ["imbalance", "imbalance", "collapse"]
+        assert (result.status, result.step) == ("collapsed" if early_stop else "finished", steps)
+
+
+def test_zero_gate_and_constant_weights_are_refused(experiment: Make, dataset: PackedDataset, tmp_path: Path) -> None:
+    config = experiment()
+    model, _ = build_model(config, dataset.manifest)
+    with torch.no_grad():
+        model.moe_layers()[1].router.weight.zero_()
+    with pytest.raises(ConfigError, match="layer 1 cannot be trained.*zeros"):
+        Trainer(model, dataset, config, logger=Recorder(), checkpoints=tmp_path)
+    constant = experiment(moe={"router": {"name": "topk", "top_k": 1}})
+    with pytest.raises(ConfigError, match="no language-model gradient"):
+        make_trainer(constant, dataset, tmp_path)
+
+
+def test_noise_steps_once_per_optimizer_step_and_ends_on_schedule(
+    experiment: Make, dataset: PackedDataset, tmp_path: Path
+) -> None:
+    trainer = make_trainer(experiment(train={"grad_accum": 3}), dataset, tmp_path)
+    noise = trainer.layers[0].router.noise
+    scales = []
+    for step in range(5):
+        assert int(noise.step) == step
+        scales.append(float(noise.scale()))
+        trainer.optimizer_step()
+    assert scales == pytest.approx([0.1, 0.1 * 2 / 3, 0.1 / 3, 0.0, 0.0])  # a quarter of 12 steps
