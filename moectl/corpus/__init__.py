@@ -1,0 +1,1 @@
+"""From raw text to prepared data: sources, split, tokenizer, packing, manifest, loader."""

@@ -1,0 +1,104 @@
+"""The shelf of prepared datasets under the home folder: finding one, and putting one there whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moectl import paths
+from moectl.corpus.manifest import MANIFEST_FILE, Manifest
+from moectl.errors import MoectlError, NotFoundError, unknown
+
+
+def find_dataset(name_or_path: str | Path | None = None) -> Path:
+    """The folder of a dataset: by id, unique prefix of an id, or path; None is the newest.
+
+    Raises:
+        NotFoundError: none, or several fit the prefix (exit 4).
+    """
+    if name_or_path is None:
+        return _newest()
+    name = str(name_or_path)
+    folder = Path(name).expanduser()
+    if (folder / MANIFEST_FILE).is_file():
+        return folder.resolve()
+    if folder.name == MANIFEST_FILE and folder.is_file():
+        return folder.parent.resolve()
+    if folder.is_dir():
+        raise NotFoundError(f"{folder} is not a prepared dataset", "Make one with 'moectl prepare'.")
+    known = dataset_ids()
+    matches = [name] if name in known else [dataset for dataset in known if name and dataset.startswith(name)]
+    if len(matches) > 1:
+        raise NotFoundError(f"'{name}' fits several datasets", f"Give more characters of one of: {', '.join(matches)}.")
+    if not matches:
+        error = unknown("dataset", name, known, NotFoundError)
+        raise error if known else NotFoundError(error.message, "There is none yet: run 'moectl prepare'.")
+    return paths.data_dir() / matches[0]
+
+
+def dataset_ids() -> list[str]:
+    """Ids of all datasets under the home folder, sorted."""
+    shelf = paths.data_dir()
+    try:
+        return sorted(entry.name for entry in shelf.iterdir() if (entry / MANIFEST_FILE).is_file())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise MoectlError(
+            f"cannot read {shelf}: {error.strerror or error}", "Set MOECTL_HOME to a folder that you can read."
+        ) from error
+
+
+def _newest() -> Path:
+    created = {dataset: Manifest.load(paths.data_dir() / dataset).created for dataset in dataset_ids()}
+    if not created:
+        raise NotFoundError(f"there is no prepared dataset in {paths.data_dir()}", "Make one with 'moectl prepare'.")
+    return paths.data_dir() / max(created, key=lambda dataset: (created[dataset], dataset))
+
+
+@contextmanager
+def publish(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder beside ``folder``; on success it becomes ``folder``, whole or not at all.
+
+    Every file is fsynced before the rename and the parent after it. If another process made
+    ``folder`` meanwhile, that one stays: content-addressed folders of one name hold the same.
+    On failure the temporary folder is removed and ``folder`` does not appear.
+
+    Raises:
+        MoectlError: the place cannot be written to, or the disk is full (exit 1).
+    """
+    shelf = paths.ensure(folder.parent)
+    temporary: Path | None = None
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=shelf))
+        temporary.chmod(0o755)
+        yield temporary
+        for path in sorted(temporary.rglob("*")):
+            _fsync(path)
+        _fsync(temporary)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not (folder / MANIFEST_FILE).is_file():
+                raise
+        _fsync(shelf)
+    except OSError as error:
+        raise MoectlError(
+            f"cannot write the dataset under {shelf}: {error.strerror or error}",
+            "Free some space, or set MOECTL_HOME to a folder that you can write to.",
+        ) from error
+    finally:
+        if temporary is not None and temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
