@@ -1,0 +1,274 @@
+"""The run folder: the truth about one run, in files that need no database to be read.
+
+::
+
+    run.json       what it was and what came of it (rewritten whole, atomically)
+    config.yaml    the resolved configuration
+    metrics.jsonl  one line per log call: step, tokens, time (Unix seconds), values
+    events.jsonl   one line per thing that happened
+    routing/       step-XXXXXXXX.json, routing statistics of one step
+    env.json       versions, host, environment (allow-listed); diff.patch, source.patch
+    checkpoints/   step-XXXXXXXX/
+    .lock          held by the one process that writes
+
+Every text that goes in passes the secret masks first (``runs.secrets``).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from moectl import paths
+from moectl.errors import ConfigError, MoectlError, NotFoundError
+from moectl.runs.files import (
+    Line,
+    LineWriter,
+    decode_number,
+    dumps,
+    encode_number,
+    explained,
+    line_number,
+    read_json,
+    read_lines,
+    write_atomic,
+)
+from moectl.runs.lock import FileLock
+from moectl.runs.secrets import mask_text, mask_value
+
+STATUSES = ("running", "finished", "interrupted", "collapsed", "failed", "lost")
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class MetricRow(NamedTuple):
+    """One log call. ``time`` in Unix seconds; NaN and infinities as logged."""
+
+    step: int
+    tokens: int
+    time: float
+    values: dict[str, float]
+
+
+def now() -> str:
+    """The present in UTC, ISO 8601 with milliseconds: ``2026-01-31T12:00:00.000Z``."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class RunDir:
+    """One run folder, opened for reading, and for writing between ``acquire`` and ``release``.
+
+    Usable as a context manager, which releases at the end.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = FileLock(path / ".lock")
+        self._metrics: LineWriter | None = None
+        self._events: LineWriter | None = None
+        self.record: dict[str, Any] = {}
+
+    @classmethod
+    def create(cls, id: str, *, config_yaml: str, record: Mapping[str, Any], runs_dir: Path | None = None) -> RunDir:
+        """A new run folder, its lock held: ``status`` running, ``created`` now, then ``record``.
+
+        Raises:
+            ConfigError: the id is not usable, the run exists, or another process writes it (exit 2).
+            MoectlError: the place cannot be written (exit 1).
+        """
+        if not _ID.fullmatch(id):
+            raise ConfigError(
+                f"'{id}' is not a usable run name",
+                "Letters, digits, '.', '_' and '-', at most 100, starting with a letter or digit.",
+            )
+        folder = paths.ensure((paths.runs_dir() if runs_dir is None else runs_dir) / id)
+        run = cls(folder).acquire()
+        try:
+            if (folder / "run.json").exists():
+                raise ConfigError(
+                    f"the run '{id}' exists already",
+                    f"Choose another --name, continue it with --resume {id}, or remove it: moectl runs rm {id} --yes",
+                )
+            with explained(f"create the run folder {id}"):
+                run.checkpoints.mkdir(exist_ok=True)
+                (folder / "routing").mkdir(exist_ok=True)
+            write_atomic(folder / "config.yaml", mask_text(config_yaml))
+            # run.json comes last: a folder that has one is complete.
+            base = {"id": id, "name": id, "status": "running", "created": now(), "generation": 0}
+            run.update(**{**base, **record, "id": id})
+        except BaseException:
+            run.release()
+            raise
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunDir:
+        """An existing run folder, for reading. Raises ``NotFoundError`` when there is no run.json."""
+        if not (path / "run.json").is_file():
+            raise NotFoundError(f"{path} is not a run folder: it has no run.json", "See `moectl runs ls`.")
+        run = cls(path)
+        run.reload()
+        return run
+
+    def reload(self) -> None:
+        """Read run.json anew."""
+        self.record = read_json(self.path / "run.json")
+
+    @property
+    def id(self) -> str:
+        """The folder's name: the id that everything else goes by."""
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def live(self) -> bool:
+        """True while a process writes this run."""
+        return self._lock.busy()
+
+    @property
+    def status(self) -> str:
+        """The recorded status; ``lost`` when it says running and nobody holds the lock any more."""
+        status = str(self.record.get("status", "lost"))
+        return "lost" if status == "running" and not self.live else status
+
+    def acquire(self) -> Self:
+        """Become the one writer. Raises ``ConfigError`` (exit 2) naming the PID of another one."""
+        if self._lock.held:
+            return self
+        if not self._lock.acquire():
+            raise ConfigError(
+                f"the run '{self.id}' is being written by {self._lock.holder()}",
+                "Wait until it ends, or choose another --name.",
+            )
+        if (self.path / "run.json").exists():
+            self.reload()
+        return self
+
+    def release(self) -> None:
+        """Close the files and let the lock go. Harmless when not held."""
+        for writer in (self._metrics, self._events):
+            if writer is not None:
+                writer.close()
+        self._metrics = self._events = None
+        self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+    def log(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
+        """Append one line of numbers. Needs the lock."""
+        if self._metrics is None:
+            assert self._lock.held, "log() needs acquire() first"
+            self._metrics = LineWriter(self.path / "metrics.jsonl")
+        numbers = {name: encode_number(value) for name, value in values.items()}
+        self._metrics.write(
+            {"step": int(step), "tokens": int(tokens), "time": round(time.time(), 3), "values": numbers}
+        )
+
+    def event(self, kind: str, message: str, **details: Any) -> None:
+        """Append one thing that happened; give ``step=`` where it has one. Needs the lock."""
+        if self._events is None:
+            assert self._lock.held, "event() needs acquire() first"
+            self._events = LineWriter(self.path / "events.jsonl")
+        self._events.write(mask_value({"time": round(time.time(), 3), "kind": kind, "message": message, **details}))
+
+    def routing(self, step: int, payload: Mapping[str, Any]) -> None:
+        """Write the routing statistics of one step, over an earlier version of the same step."""
+        assert self._lock.held, "routing() needs acquire() first"
+        write_atomic(self.path / "routing" / f"step-{step:08d}.json", dumps(payload) + "\n")
+
+    def update(self, **fields: Any) -> None:
+        """Merge ``fields`` into run.json, atomically. Takes the lock for the moment when not held."""
+        held = self._lock.held
+        self.acquire()
+        try:
+            record = {**self.record, **mask_value(fields)}
+            write_atomic(self.path / "run.json", dumps(record, indent=1) + "\n")
+            self.record = read_json(self.path / "run.json")
+        finally:
+            if not held:
+                self.release()
+
+    def truncate_after(self, step: int) -> None:
+        """Forget all rows, events and routing files after ``step``: what a resumed run does again."""
+        assert self._lock.held, "truncate_after() needs acquire() first"
+        for writer in (self._metrics, self._events):
+            if writer is not None:
+                writer.close()
+        self._metrics = self._events = None
+        # An index that read the old rows sees by the generation that it must read again.
+        self.update(generation=int(self.record.get("generation", 0)) + 1)
+        for name in ("metrics.jsonl", "events.jsonl"):
+            path = self.path / name
+            if path.exists():
+                kept = [line.value for line in read_lines(path) if _step_of(line.value) <= step]
+                write_atomic(path, "".join(dumps(value) + "\n" for value in kept))
+        for file in (self.path / "routing").glob("step-*.json"):
+            if int(file.stem.removeprefix("step-")) > step:
+                file.unlink()
+
+    def metrics(self, *, problems: list[str] | None = None) -> Iterator[MetricRow]:
+        """All rows in the order written. A broken line raises, or goes to ``problems``."""
+        path = self.path / "metrics.jsonl"
+        for line in read_lines(path, problems=problems):
+            try:
+                yield metric_row(line, path)
+            except MoectlError as error:
+                if problems is None:
+                    raise
+                problems.append(error.message)
+
+    def events(self, *, problems: list[str] | None = None) -> list[dict[str, Any]]:
+        """All events in the order written. A broken line raises, or goes to ``problems``."""
+        return [line.value for line in read_lines(self.path / "events.jsonl", problems=problems)]
+
+    def latest(self, *, problems: list[str] | None = None) -> dict[str, float]:
+        """The newest value of every metric, run.json's final ones over the logged ones."""
+        values: dict[str, float] = {}
+        for row in self.metrics(problems=problems):
+            values.update(row.values)
+        return {**values, **self.final}
+
+    @property
+    def final(self) -> dict[str, float]:
+        """The summary in run.json's ``metrics``; a missing value (null) is left out."""
+        try:
+            summary = dict(self.record.get("metrics") or {})
+            return {name: decode_number(value) for name, value in summary.items() if value is not None}
+        except (TypeError, ValueError) as error:
+            message = f"{self.path / 'run.json'}: 'metrics' is not a table of numbers ({error})"
+            raise MoectlError(message, "Restore the file from a copy.") from None
+
+
+def metric_row(line: Line, path: Path) -> MetricRow:
+    """One line of ``path`` (a metrics.jsonl) as a ``MetricRow``; a ``MoectlError`` names the line."""
+    value = line.value
+    try:
+        values = {str(name): decode_number(number) for name, number in value["values"].items()}
+        return MetricRow(int(value["step"]), int(value["tokens"]), float(value["time"]), values)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        message = f"{path}: line {line_number(path, line.begin)} is no metric row ({error!r})"
+        raise MoectlError(message, "Remove the line, or restore the file from a copy.") from None
+
+
+def _step_of(value: Mapping[str, Any]) -> int:
+    step = value.get("step")
+    return step if isinstance(step, int) else -1  # an event without a step stays
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files below ``folder``; links are not followed."""
+    total = 0
+    for root, _, files in os.walk(folder):
+        total += sum(os.lstat(os.path.join(root, name)).st_size for name in files)
+    return total

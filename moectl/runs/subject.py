@@ -1,0 +1,150 @@
+"""One run as a comparison sees it: what it is, what it was measured on, and its LM loss over tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from moectl.runs.rundir import MetricRow, RunDir
+
+LM_LOSS = "eval/lm_loss"
+_EVALUATED_AT_END = ("finished", "collapsed", "failed")  # an interrupted run is only saved
+# What may differ between two runs of one configuration.
+_NOT_CONFIGURATION = frozenset({
+    "name", "preset", "train.seed", "train.threads", "train.device", "train.log_every", "train.eval_every",
+    "train.checkpoint_every", "train.keep_checkpoints", "eval.max_blocks", "eval.batch_size",
+})  # fmt: skip
+WHOLE = "the whole held-out split"
+
+
+class Point(NamedTuple):
+    """One evaluation: after how many training tokens, and on what. Whole splits sort last at equal tokens."""
+
+    tokens: int
+    whole: bool
+    eval_set: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run, read once.
+
+    Attributes:
+        run: the folder.
+        losses: ``eval/lm_loss`` and ``eval/<domain>/lm_loss`` of every evaluation that has the first.
+        tokens_per_step: None before the first logged step.
+        logged_tokens: of the last line logged.
+    """
+
+    run: RunDir
+    losses: dict[Point, dict[str, float]]
+    tokens_per_step: float | None
+    logged_tokens: int = 0
+
+    @classmethod
+    def read(cls, run: RunDir) -> Subject:
+        subject = cls(run, {}, None)
+        per_step: float | None = None
+        logged = 0
+        evaluations: list[MetricRow] = []
+        for row in run.metrics():
+            logged = max(logged, row.tokens)
+            if row.step > 0:
+                per_step = row.tokens / row.step
+            if LM_LOSS in row.values:
+                evaluations.append(row)
+        for number, row in enumerate(evaluations, start=1):
+            point = subject._point(row, last=number == len(evaluations))
+            subject.losses[point] = _lm_losses(row.values)
+        tokens = run.record.get("tokens")
+        if isinstance(tokens, int) and LM_LOSS in run.final and run.status in _EVALUATED_AT_END:
+            subject.losses.setdefault(Point(tokens, True, WHOLE), {}).update(_lm_losses(run.final))
+        return cls(run, subject.losses, per_step, logged)
+
+    def _point(self, row: MetricRow, *, last: bool) -> Point:
+        """Periodic evaluations may read some blocks only; the one that ends a run reads the whole split."""
+        bound = self.config.get("eval.max_blocks")
+        ending = last and self.run.status in _EVALUATED_AT_END and row.step == self.run.record.get("step")
+        if bound is None or ending:
+            return Point(row.tokens, True, WHOLE)
+        return Point(row.tokens, False, f"{bound} blocks of the held-out split")
+
+    @property
+    def id(self) -> str:
+        return self.run.id
+
+    @property
+    def seed(self) -> int | None:
+        seed = self.run.record.get("seed")
+        return seed if isinstance(seed, int) else None
+
+    @property
+    def kind(self) -> str:
+        """Preset or router: what people call this configuration."""
+        record = self.run.record
+        return str(record.get("preset") or record.get("router") or ("moe" if record.get("moe") else "dense"))
+
+    @property
+    def reached(self) -> int:
+        """Tokens trained on."""
+        return max(int(self.run.record.get("tokens") or 0), self.logged_tokens)
+
+    @property
+    def planned(self) -> int | None:
+        """Tokens of the whole run as configured: the learning rate's horizon."""
+        steps = self.run.record.get("steps")
+        if not isinstance(steps, int) or self.tokens_per_step is None:
+            return None
+        return round(steps * self.tokens_per_step)
+
+    @property
+    def stopped_early(self) -> bool:
+        return self.planned is not None and self.reached < self.planned
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.yaml as dotted keys; empty when it cannot be read."""
+        import yaml
+
+        try:
+            tree = yaml.safe_load((self.run.path / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return {}
+        return dict(_flatten(tree)) if isinstance(tree, dict) else {}
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What makes two runs seeds of the same thing."""
+        chosen = {key: value for key, value in self.config.items() if key not in _NOT_CONFIGURATION}
+        return chosen or {"kind": self.kind, "parameters": self.run.record.get("parameters")}
+
+    @property
+    def conditions(self) -> dict[str, str]:
+        """What must be equal before two losses may be set against each other, each as text."""
+        record = self.run.record
+        data = record.get("data") or {}
+        causal = sorted(str(mark) for mark in record.get("marks") or [] if "causal" in str(mark))
+        loss = str(record.get("loss_definition") or "language-model cross-entropy per token")
+        return {
+            "tokens": f"{self.planned or self.reached:,} in the whole run",
+            "data": str(data.get("id") or "unknown"),
+            "eval set": f"held-out split of {str(data.get('sha256') or data.get('id') or 'unknown')[:12]}",
+            "loss definition": ", ".join([loss, *causal]),
+        }
+
+
+def _lm_losses(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if name.startswith("eval/") and name.endswith("lm_loss")}
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    items: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            items.extend(_flatten(value, f"{name}."))
+        else:
+            items.append((name, value))
+    return items

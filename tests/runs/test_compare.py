@@ -1,0 +1,184 @@
+"""Matched comparison: when one may be called better, and when not, and why."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+
+import pytest
+
+from moectl.cli.output import to_jsonable
+from moectl.errors import ConfigError, MoectlError
+from moectl.runs import RunDir
+from moectl.runs.compare import Comparison, compare
+
+MakeRun = Callable[..., RunDir]
+
+
+def compared(*runs: RunDir) -> Comparison:
+    result = compare([run.path for run in runs])
+    json.dumps(to_jsonable(result.to_dict()), allow_nan=False)
+    return result
+
+
+def test_one_seed_is_one_seed(make_run: MakeRun) -> None:
+    result = compared(make_run("dense", router=None, losses=[3.0, 2.5, 2.2]), make_run("moe", losses=[3.0, 2.4, 2.0]))
+    (verdict,) = result.verdicts
+    assert result.matched and result.at_tokens == 300_000
+    assert (verdict.baseline, verdict.other, verdict.better) == ("dense", "top1", None)
+    assert verdict.difference is not None and verdict.difference.mean == pytest.approx(-0.2)
+    assert "one seed is one seed" in verdict.text and "-0.2000" in verdict.text
+    assert result.configurations[1].domains == {"code": pytest.approx(1.5)}
+
+
+def test_pure_lm_loss_is_compared_and_not_the_total(make_run: MakeRun) -> None:
+    one = make_run("a", losses=[2.0], close=False)
+    one.log(100, 100_000, {"train/loss": 99.0, "eval/loss": 77.0})
+    one.release()
+    result = compared(one, make_run("b", router=None, losses=[2.5]))
+    assert [row["eval_lm_loss"] for row in result.runs] == [2.0, 2.5]
+
+
+def test_several_seeds_paired(make_run: MakeRun) -> None:
+    # Seeds vary by 0.2, the difference by 0.01: only pairing sees it.
+    runs = [make_run(f"d{seed}", router=None, seed=seed, losses=[2.0 + 0.2 * seed]) for seed in range(3)]
+    runs += [make_run(f"m{seed}", seed=seed, losses=[1.9 + 0.2 * seed + 0.01 * (seed % 2)]) for seed in range(3)]
+    result = compared(*runs)
+    (verdict,) = result.verdicts
+    assert (verdict.method, verdict.seeds, verdict.better) == ("paired by seed", [0, 1, 2], "top1")
+    difference = verdict.difference
+    assert difference is not None and difference.mean == pytest.approx(-0.29 / 3)
+    # s = 0.01/sqrt(3), n = 3: half width 4.302653 · 0.01 / 3.
+    assert difference.high == pytest.approx(-0.29 / 3 + 0.0143422, abs=1e-6)
+    dense = result.configurations[0].loss
+    assert dense is not None and dense.mean == pytest.approx(2.2) and dense.low is not None and dense.low < 2.0
+
+
+def test_several_seeds_without_a_difference(make_run: MakeRun) -> None:
+    runs = [make_run(f"d{seed}", router=None, seed=seed, losses=[2.0 + 0.1 * seed]) for seed in range(3)]
+    runs += [make_run(f"m{seed}", seed=seed, losses=[2.2 - 0.1 * seed]) for seed in range(3)]
+    (verdict,) = compared(*runs).verdicts
+    assert verdict.better is None and "the interval holds zero" in verdict.text
+
+
+def test_other_seeds_are_compared_unpaired(make_run: MakeRun) -> None:
+    runs = [make_run(f"d{seed}", router=None, seed=seed, losses=[3.0 + 0.01 * seed]) for seed in range(3)]
+    runs += [make_run(f"m{seed}", seed=seed, losses=[2.0 + 0.01 * seed]) for seed in range(3, 6)]
+    (verdict,) = compared(*runs).verdicts
+    assert (verdict.method, verdict.seeds, verdict.better) == ("unpaired", [], "top1")
+
+
+def test_one_seed_against_several_has_no_verdict(make_run: MakeRun) -> None:
+    runs = [make_run(f"d{seed}", router=None, seed=seed, losses=[3.0]) for seed in range(3)]
+    (verdict,) = compared(*runs, make_run("m", seed=0, losses=[1.0])).verdicts
+    assert verdict.better is None and verdict.difference is not None and verdict.difference.mean == -2.0
+    assert "too few seeds" in verdict.text
+
+
+def test_the_same_seed_twice_is_one_sample(make_run: MakeRun) -> None:
+    runs = [make_run("d0", router=None, losses=[3.0]), make_run("d0-again", router=None, losses=[3.0])]
+    runs += [make_run("m0", losses=[2.0]), make_run("m0-again", losses=[2.0])]
+    result = compared(*runs)
+    assert result.verdicts[0].better is None and result.verdicts[0].method == "one seed"
+    assert any("not separate samples" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("condition", "change"),
+    [
+        ("tokens", {"steps": 600, "losses": [3.0, 2.5, 2.0, 1.9, 1.8, 1.7]}),
+        ("data", {"data": {"id": "f" * 12, "sha256": "e" * 64}}),
+        ("eval set", {"data": {"id": "d" * 12, "sha256": "0" * 64}}),
+        ("loss definition", {"marks": ["noncausal"]}),
+        ("loss definition", {"loss_definition": "byte-level"}),
+    ],
+)
+def test_what_is_not_matched_is_not_judged(make_run: MakeRun, condition: str, change: dict[str, object]) -> None:
+    runs = [make_run(f"d{seed}", router=None, seed=seed) for seed in range(2)]
+    runs += [make_run(f"m{seed}", seed=seed, **{"losses": [1.0, 0.9, 0.8], **change}) for seed in range(2)]
+    result = compared(*runs)
+    assert not result.matched and condition in result.mismatches
+    assert set(result.mismatches[condition]) == {"d0", "d1", "m0", "m1"}
+    (verdict,) = result.verdicts
+    assert verdict.better is None and condition in verdict.text and "no verdict" in verdict.text
+    assert verdict.difference is not None  # shown all the same
+
+
+def test_an_early_stopped_run_is_compared_at_its_tokens(make_run: MakeRun) -> None:
+    full = make_run("dense", router=None, losses=[3.0, 2.5, 2.0])
+    stopped = make_run("no-lb", losses=[2.9, 2.6], final_loss=2.4, status="collapsed", early_stop=True)
+    result = compared(full, stopped)
+    assert result.matched and result.at_tokens == 200_000
+    # Its last evaluation read the whole split, the other run's read 48 blocks there: those 48 are compared.
+    assert result.eval_set == "48 blocks of the held-out split"
+    assert [row["eval_lm_loss"] for row in result.runs] == [2.5, 2.6]
+    (note,) = [note for note in result.notes if "no-lb" in note]
+    assert "(collapsed) reached 200,000 of 300,000 tokens; all are compared at 200,000" in note
+
+
+def test_a_whole_split_is_not_set_against_a_part_of_it(make_run: MakeRun) -> None:
+    stopped = make_run("stopped", losses=[2.9, 2.6], status="collapsed")  # its only evaluation there is the last
+    result = compared(make_run("dense", router=None), stopped)
+    assert (result.matched, result.at_tokens) == (True, 100_000)
+
+
+def test_periodic_evaluations_on_other_blocks(make_run: MakeRun) -> None:
+    ended = compared(make_run("a", router=None), make_run("b", max_blocks=4))
+    assert ended.matched and ended.eval_set == "the whole held-out split"
+    stopped = make_run("c", max_blocks=4, losses=[2.9, 2.6], status="interrupted")
+    result = compared(make_run("d", router=None), stopped)
+    assert list(result.mismatches) == ["eval set"]
+    assert result.mismatches["eval set"]["c"] == "4 blocks of the held-out split"
+
+
+def test_a_later_evaluation_of_the_whole_split_counts(make_run: MakeRun) -> None:
+    run = make_run("a", router=None)
+    run.update(metrics={"eval/lm_loss": 1.9})
+    result = compared(run, make_run("b"))
+    assert [row["eval_lm_loss"] for row in result.runs] == [1.9, 2.0]
+    assert result.configurations[0].domains == {"code": 1.5}
+
+
+def test_a_lost_run_reached_what_it_logged(make_run: MakeRun) -> None:
+    lost = make_run("lost", status="running", losses=[3.0], close=False)
+    lost.log(150, 150_000, {"train/lm_loss": 2.9})
+    lost.release()
+    result = compared(make_run("a", router=None), lost)
+    assert result.at_tokens == 100_000
+    assert any("lost (lost) reached 150,000 of 300,000 tokens" in note for note in result.notes)
+
+
+def test_no_shared_evaluation_is_a_mismatch(make_run: MakeRun) -> None:
+    odd = make_run("odd", losses=[], status="failed", close=False)
+    odd.log(50, 50_000, {"eval/lm_loss": 3.5})
+    odd.release()
+    result = compared(make_run("a", router=None), odd)
+    assert not result.matched and "tokens" in result.mismatches and result.at_tokens is None
+
+
+def test_nan_loss_supports_nothing(make_run: MakeRun) -> None:
+    (verdict,) = compared(make_run("a", router=None), make_run("b", losses=[3.0, 2.5, math.nan])).verdicts
+    assert verdict.better is None and "not a number" in verdict.text
+
+
+def test_what_differs_is_shown(make_run: MakeRun) -> None:
+    result = compared(make_run("a", lr=1e-3), make_run("b", lr=2e-3, commit="b" * 40, dirty=True))
+    assert result.config_differences == {"optim.lr": {"top1 (a)": 1e-3, "top1 (b)": 2e-3}}
+    dense = compared(make_run("c", router=None), make_run("d"))
+    assert dense.config_differences == {"moe": {"dense": None, "top1": {"router.name": "top1"}}}
+    assert any("different commits" in note for note in result.notes)
+    assert any("uncommitted changes" in note for note in result.notes)
+
+
+def test_seeds_of_one_configuration_alone(make_run: MakeRun) -> None:
+    result = compared(*(make_run(f"m{seed}", seed=seed, losses=[2.0 + seed]) for seed in range(3)))
+    assert result.verdicts == [] and result.configurations[0].seeds == [0, 1, 2]
+
+
+def test_what_cannot_be_compared_at_all(make_run: MakeRun) -> None:
+    run = make_run("a")
+    with pytest.raises(ConfigError, match="two different runs"):
+        compare([run.path, run.path])
+    with pytest.raises(MoectlError, match="no eval/lm_loss yet"):
+        compare([run.path, make_run("empty", losses=[]).path])
