@@ -1,0 +1,1 @@
+"""Held-out losses, pure language model, by domain."""

@@ -1,0 +1,1 @@
+"""What the routers do: traces, specialisation and its nulls."""

@@ -1,0 +1,44 @@
+"""A real tiny dataset and model for the tests of evaluation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moectl.config.schema import DataConfig, MoEConfig
+from moectl.corpus.loader import PackedDataset
+from moectl.corpus.prepare import prepare
+from moectl.models.config import DecoderConfig
+from moectl.models.decoder import Decoder
+from tests.support import write_corpus
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> PackedDataset:
+    source = write_corpus(tmp_path_factory.mktemp("texts"))
+    config = DataConfig(domains=("fish", "sums"), source=str(source), tokenizer="bpe:300", block_size=16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOECTL_HOME", str(tmp_path_factory.mktemp("home")))
+        folder = prepare(config).folder
+    return PackedDataset.open(folder)
+
+
+@pytest.fixture
+def model(dataset: PackedDataset) -> Decoder:
+    torch.manual_seed(0)
+    shape = DecoderConfig(
+        vocab_size=dataset.manifest.vocab_size,
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+    )
+    moe = MoEConfig.model_validate({"router": {"name": "top1", "noise_std": 20.0}, "num_experts": 4, "layers": "all"})
+    return Decoder(shape.with_moe(moe))

@@ -1,0 +1,166 @@
+"""What ``inspect routing`` reports, from a real model on a real dataset; and the verdict over seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moectl.corpus.loader import PackedDataset
+from moectl.errors import ConfigError
+from moectl.inspection.collect import collect
+from moectl.inspection.routing import InspectSettings, RoutingReport, inspect_routing
+from moectl.inspection.seeds import over_seeds
+from moectl.inspection.specialization import normalized_mutual_information, permutation_test
+from moectl.models.decoder import Decoder
+from moectl.moe.losses import load_balancing_loss
+
+Build = Callable[..., Decoder]
+QUICK = InspectSettings(permutations=50, gates=20, bootstrap=50, batch_size=5)
+
+
+@pytest.fixture
+def report(dataset: PackedDataset, build: Build) -> RoutingReport:
+    return inspect_routing(build(1), dataset, step0=build(0), settings=QUICK)
+
+
+def collapsed(model: Decoder, layer: int) -> Decoder:
+    """Every logit of ``layer`` is equal, and ties go to expert 0: all tokens take it."""
+    with torch.no_grad():
+        model.moe_layers()[layer].router.weight.zero_()
+    return model
+
+
+def test_numbers_agree_with_the_trace(dataset: PackedDataset, build: Build, report: RoutingReport) -> None:
+    trace = collect(build(1), dataset)
+    for layer in report.layers:
+        recorded = trace.layers[layer.layer]
+        grouped = trace.group_counts(layer.layer)
+        assert layer.nmi.value == pytest.approx(normalized_mutual_information(grouped.by_domain()))
+        test = permutation_test(recorded.topk_indices, trace.token_domains, trace.token_groups, 4, draws=50, seed=0)
+        assert layer.nmi.null_permutation.p_value == pytest.approx(test.p_value)
+        expected = float(load_balancing_loss(recorded.probs.double(), recorded.topk_indices, 4))
+        assert layer.balance == pytest.approx(expected, rel=1e-6)
+        assert layer.load.entropy == pytest.approx(float(recorded.entropy.double().mean()))
+        assert layer.load.tokens == report.tokens == sum(load.tokens for load in layer.domains.values())
+        assert layer.load.counts.sum() == report.tokens
+        for index, name in enumerate(dataset.domains):
+            member = recorded.topk_indices[trace.token_domains == index]
+            assert layer.domains[name].shares == pytest.approx(
+                [(member == expert).double().mean().item() for expert in range(4)]
+            )
+
+
+def test_value_at_step_0_is_that_models_value(dataset: PackedDataset, build: Build, report: RoutingReport) -> None:
+    start = collect(build(0), dataset)
+    for layer in report.layers:
+        assert layer.nmi.step0 is not None
+        expected = normalized_mutual_information(start.group_counts(layer.layer).by_domain())
+        assert layer.nmi.step0.value == pytest.approx(expected)
+
+
+def test_json_has_its_public_names_and_survives_json(report: RoutingReport) -> None:
+    document = json.loads(json.dumps(report.to_dict()))
+    for layer in document["layers"]:
+        nmi = layer["nmi"]
+        assert {"value", "interval", "mutual_information", "null_permutation", "null_random_router", "step0"} <= set(
+            nmi
+        )
+        assert {"mean", "p95", "max", "draws", "p_value", "exceeded"} <= set(nmi["null_random_router"])
+        assert {"mean", "p95", "p_value", "exceeded"} <= set(nmi["null_permutation"])
+        assert {"value", "margin", "exceeded"} <= set(nmi["step0"])
+        assert layer["balance"]["balanced"] == 1.0
+        assert layer["balance"]["collapse"] == 4.0
+        assert layer["entropy_uniform"] == pytest.approx(math.log(4))
+        assert sum(layer["shares"]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_collapsed_layer_comes_first_and_is_not_averaged_away(dataset: PackedDataset, build: Build, bad: int) -> None:
+    report = inspect_routing(collapsed(build(1), bad), dataset, step0=build(0), settings=QUICK)
+    worst = report.layers[0]
+    assert worst.layer == bad == report.to_dict()["worst_layer"]
+    assert worst.load.dead_experts == [1, 2, 3] and worst.load.max_share == 1.0
+    assert worst.load.load_cv == pytest.approx(math.sqrt(3))
+    assert worst.nmi.value == 0.0 and not worst.nmi.exceeds_all
+    assert worst.balance == pytest.approx(1.0), "equal probabilities hide the collapse from the balance value"
+    assert [layer.layer for layer in report.by_depth()] == [0, 1]
+
+
+def test_balance_reaches_its_collapse_value(dataset: PackedDataset, build: Build) -> None:
+    model = build(1)
+    layer = model.layers[0]
+    with torch.no_grad():  # a constant input to the gate, and a gate that answers to it
+        layer.post_attention_layernorm.register_forward_hook(lambda module, args, out: torch.ones_like(out))
+        model.moe_layers()[0].router.weight.zero_()[2] = 5.0
+    report = inspect_routing(model, dataset, settings=QUICK)
+    assert report.layers[0].layer == 0
+    assert report.layers[0].balance == pytest.approx(report.layers[0].collapse_value, rel=1e-6) == 4.0
+
+
+def test_an_untrained_model_is_within_the_random_gates(dataset: PackedDataset, build: Build) -> None:
+    """A model before training is one more random gate: over layers and seeds it does not stand out."""
+    settings = replace(QUICK, gates=100)
+    layers = [
+        layer.nmi for seed in range(4) for layer in inspect_routing(build(seed), dataset, settings=settings).layers
+    ]
+    assert sum(nmi.null_random_router.exceeded for nmi in layers) <= 2
+    assert not any(nmi.exceeds_all for nmi in layers)
+
+
+def test_notes_say_what_limits_the_numbers(dataset: PackedDataset, build: Build, report: RoutingReport) -> None:
+    assert report.groups == {"fish": 2, "sums": 2}
+    assert any("Fewer than 10 held-out groups" in note for note in report.notes)
+    assert any("20 random gates" in note for note in report.notes)
+    assert not any("step 0" in note for note in report.notes)
+    assert any("step 0" in note for note in inspect_routing(build(1), dataset, settings=QUICK).notes)
+
+
+def test_the_same_call_gives_the_same_numbers(dataset: PackedDataset, build: Build, report: RoutingReport) -> None:
+    again = inspect_routing(build(1), dataset, step0=build(0), settings=QUICK)
+    assert again.to_dict() == report.to_dict()
+
+
+def with_margin(report: RoutingReport, margin: float) -> RoutingReport:
+    """The report as if every layer had stood ``margin`` above its strongest reference."""
+    layers = []
+    for layer in report.layers:
+        strongest = layer.nmi.references[layer.nmi.strongest].value
+        layers.append(replace(layer, nmi=replace(layer.nmi, value=strongest + margin)))
+    return replace(report, layers=tuple(layers))
+
+
+def test_three_seeds_above_everything_have_emerged(report: RoutingReport) -> None:
+    verdicts = over_seeds([with_margin(report, margin) for margin in (0.05, 0.06, 0.07)])
+    assert [verdict.layer for verdict in verdicts] == [0, 1]
+    for verdict in verdicts:
+        half = 4.3027 * 0.01 / math.sqrt(3)
+        assert verdict.mean == pytest.approx(0.06)
+        assert verdict.interval == pytest.approx((0.06 - half, 0.06 + half), abs=1e-6)
+        assert verdict.emerged is True
+
+
+def test_scattered_seeds_have_not(report: RoutingReport) -> None:
+    (verdict, _) = over_seeds([with_margin(report, margin) for margin in (0.01, 0.10, 0.02)])
+    assert verdict.mean > 0 and verdict.emerged is False
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_fewer_than_three_seeds_cannot_say(report: RoutingReport, seeds: int) -> None:
+    (verdict, _) = over_seeds([with_margin(report, 0.5)] * seeds)
+    assert verdict.emerged is None and (verdict.interval is None) == (seeds == 1)
+
+
+def test_without_step_0_seeds_cannot_say(dataset: PackedDataset, build: Build) -> None:
+    report = inspect_routing(build(1), dataset, settings=QUICK)
+    assert [verdict.emerged for verdict in over_seeds([with_margin(report, 0.5)] * 3)] == [None, None]
+
+
+def test_runs_with_other_layers_are_refused(dataset: PackedDataset, build: Build, report: RoutingReport) -> None:
+    other = inspect_routing(build(1, layers="last:1"), dataset, settings=QUICK)
+    with pytest.raises(ConfigError, match="different places"):
+        over_seeds([report, other])
