@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moectl import paths
 from moectl.corpus.loader import PackedDataset
 from moectl.errors import MoectlError
@@ -15,7 +17,7 @@ from moectl.runs.files import dumps, write_atomic
 from moectl.runs.logger import RunRecorder
 from moectl.runs.rundir import RunDir
 from moectl.training.runtime import resolve_device
-from moectl.walk.loading import load_run
+from moectl.walk.loading import load_run, run_config
 
 Say = Callable[[str], None]
 
@@ -57,7 +59,7 @@ class Subject:
 
 
 def subject(run: str | Path | None, *, step: int | None, device: str, say: Say) -> Subject:
-    """Open a run's model and its data.
+    """Open a run's model and its data; it is measured with the run's own number of CPU threads, if it set one.
 
     Raises:
         NotFoundError: no such run, step or dataset (exit 4).
@@ -68,6 +70,9 @@ def subject(run: str | Path | None, *, step: int | None, device: str, say: Say) 
     loaded = load_run(run, step=step)
     for message in loaded.messages:
         say(message)
+    threads = run_config(loaded.folder).train.threads
+    if threads is not None:
+        torch.set_num_threads(threads)
     data = PackedDataset.open(loaded.data)
     return Subject(RunDir.open(loaded.folder), loaded.model.to(target), data, loaded.step)
 

@@ -19,6 +19,7 @@ from moectl.corpus.loader import PackedDataset
 from moectl.errors import ConfigError, MoectlError
 from moectl.evaluation.losses import evaluate
 from moectl.models.decoder import Decoder
+from moectl.routers import resolve_router
 from moectl.runs.find import find_run
 from moectl.runs.logger import RunRecorder
 from moectl.runs.provenance import Provenance, collect
@@ -79,6 +80,7 @@ def start_run(config: ExperimentConfig, request: RunRequest) -> RunOutcome:
         ConfigError: the name is taken by another run, or by a process that is writing it.
         MoectlError: anything that data, model or loop refuse; the run is then recorded as failed.
     """
+    config = resolve_router(config)  # a misspelt option is answered before anything is prepared
     folder, config = dataset_for(config, request.data, request.say)
     data = PackedDataset.open(folder)
     provenance = collect(list(request.command), commit=request.commit)
@@ -167,10 +169,15 @@ def _run(
 
 
 def _held_out(model: Decoder, data: PackedDataset, config: ExperimentConfig, final: bool) -> dict[str, float]:
-    """Pure language-model losses; over the whole held-out split at the end, whatever bounds the periodic ones."""
+    """Pure language-model losses: over the whole held-out split at the end, whatever bounds the periodic ones.
+
+    What was read from a part of the split only is named ``eval_part/...``: it is another number.
+    """
     bound = None if final else config.eval.max_blocks
     report = evaluate(model, data, batch_size=config.eval.batch_size, max_blocks=bound, bootstrap=0)
-    return report.metrics()
+    if report.complete:
+        return report.metrics()
+    return {name.replace("eval/", "eval_part/", 1): value for name, value in report.metrics().items()}
 
 
 def _restore(trainer: Trainer, run: RunDir, recorder: RunRecorder, say: Say) -> None:

@@ -13,6 +13,7 @@ from moectl.corpus.loader import PackedDataset
 from moectl.corpus.prepare import prepare
 from tests.support import write_corpus
 
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DataConfig]:
     """The home folder that holds the dataset, and its config."""

@@ -179,11 +179,11 @@ def test_not_finite_stops_before_the_weights_move_and_names_the_layer(
     experiment: Make, dataset: PackedDataset, tmp_path: Path
 ) -> None:
     trainer = make_trainer(experiment(train={"steps": 8}), dataset, tmp_path, progress=None)
-    trainer.train_config = trainer.train_config.model_copy(update={"steps": 4})
+    trainer.settings = trainer.settings.model_copy(update={"steps": 4})
     trainer.train()
     with torch.no_grad():
         trainer.model.layers[1].mlp.experts.down_proj[2, 0, 0] = math.inf
-    trainer.train_config = trainer.train_config.model_copy(update={"steps": 8})
+    trainer.settings = trainer.settings.model_copy(update={"steps": 8})
     before = weights(trainer)
     result = trainer.train()
     assert result.status == "failed" and result.step == 4

@@ -1,0 +1,148 @@
+"""``moectl train``: one run, from config to checkpoint and record."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moectl.cli.output import Bar, out
+
+if TYPE_CHECKING:
+    from moectl.config.schema import ExperimentConfig
+    from moectl.walk.train import RunOutcome, RunRequest
+
+
+def command(
+    config: Annotated[
+        str | None, typer.Argument(metavar="CONFIG", help="A YAML config, or a shipped one's name.")
+    ] = None,
+    router: Annotated[str | None, typer.Option(help="Router: a name (moectl routers ls) or path.py:Class.")] = None,
+    preset: Annotated[str | None, typer.Option(help="dense, moe, no-lb or top2.")] = None,
+    data: Annotated[str | None, typer.Option(help="A prepared dataset; default: the newest, else the sample.")] = None,
+    base: Annotated[str | None, typer.Option(help="A size (tiny, mini, small, base), or a run to start from.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, noise and data order.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    name: Annotated[str | None, typer.Option(help="The run's name; default: label, seed and a hash.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Continue this run, exactly where it stopped.")
+    ] = None,
+    deterministic: Annotated[
+        bool | None, typer.Option("--deterministic", help="Bit-exact with several threads too.")
+    ] = None,
+    commit: Annotated[str | None, typer.Option(help="Record this commit instead of asking git.")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any config key.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
+) -> int:
+    """Train one model; the same config, data and source as a finished run is not trained twice.
+
+    Exit codes: 0 finished, 1 failed (a loss that is not finite), 3 collapsed under early stop,
+    130 interrupted, with a checkpoint to resume from.
+    """
+    given = {
+        "moe.router.name": router,
+        "model.base": base,
+        "train.steps": steps,
+        "train.seed": seed,
+        "train.device": device,
+        "train.threads": threads,
+        "train.deterministic": deterministic,
+        "name": name,
+    }
+    overrides = {key: value for key, value in given.items() if value is not None}
+    with out().progress("train") as bar:
+        request = _request(data, commit, bar)
+        outcome = _outcome(config, sets or [], overrides, preset, resume, request)
+    out().data(_document(outcome)) if as_json else _report(outcome)
+    return outcome.exit_code
+
+
+def _outcome(
+    path: str | None,
+    sets: list[str],
+    overrides: Mapping[str, Any],
+    preset: str | None,
+    resume: str | None,
+    request: RunRequest,
+) -> RunOutcome:
+    from moectl.walk.train import resume_run, start_run
+
+    if resume is None:
+        return start_run(_load(path, sets, overrides, preset), request)
+    changes = path is not None or preset is not None or sets or overrides
+    return resume_run(resume, request, _load(path, sets, overrides, preset) if changes else None)
+
+
+def _load(path: str | None, sets: list[str], overrides: Mapping[str, Any], preset: str | None) -> ExperimentConfig:
+    from moectl.config.loading import load_config
+
+    return load_config(path, sets=sets, overrides=overrides, preset=preset)
+
+
+def _request(data: str | None, commit: str | None, bar: Bar) -> RunRequest:
+    from moectl.walk.train import RunRequest
+
+    def progress(run: str, steps: int) -> Any:
+        bar.describe(run)
+        return lambda step, values: bar.update(step, steps, progress_note(values))
+
+    return RunRequest(data=data, command=sys.argv, commit=commit, say=out().say, progress=progress)
+
+
+def progress_note(values: Mapping[str, float]) -> str:
+    """One line of numbers for the bar: pure language-model loss, speed, and the worst layer's balance."""
+    parts = [f"lm {values['train/lm_loss']:.3f}", f"{values['train/tokens_per_second']:,.0f} tok/s"]
+    if "balance/worst" in values:
+        parts.append(f"balance {values['balance/worst']:.2f} (worst layer; 1 is balanced)")
+    if "eval/lm_loss" in values:
+        parts.append(f"held-out {values['eval/lm_loss']:.3f}")
+    return " · ".join(parts)
+
+
+def _report(outcome: RunOutcome) -> None:
+    if outcome.already_done:
+        out().say(f"{outcome.id} has finished before: the same config, data and source. Nothing to do.")
+    else:
+        out().say(f"{outcome.id}: {outcome.status} at step {outcome.step} ({outcome.reason})")
+    names = sorted(
+        {name.split("/")[1] for name in outcome.metrics if name.startswith("eval/") and name.count("/") == 2}
+    )
+    rows = [["all", *_losses(outcome.metrics, "eval")]]
+    rows += [[domain, *_losses(outcome.metrics, f"eval/{domain}")] for domain in names]
+    out().table(
+        f"{outcome.id} · held-out language-model loss",
+        ["domain", "nats/token", "perplexity", "bits/byte"],
+        rows,
+    )
+    out().say(f"next: {_next(outcome)}")
+
+
+def _losses(metrics: Mapping[str, float], prefix: str) -> list[str | None]:
+    values = (metrics.get(f"{prefix}/{name}") for name in ("lm_loss", "perplexity", "bits_per_byte"))
+    return [None if value is None else f"{value:.4g}" for value in values]
+
+
+def _next(outcome: RunOutcome) -> str:
+    if outcome.status == "interrupted":
+        return f"moectl train --resume {outcome.id}"
+    if outcome.status == "failed":
+        return f"moectl runs show {outcome.id}, then a lower optim.lr or a longer optim.warmup_steps"
+    if not any(name.startswith("balance/") for name in outcome.metrics):
+        return f"moectl eval {outcome.id}"
+    return f"moectl inspect routing {outcome.id}"
+
+
+def _document(outcome: RunOutcome) -> dict[str, Any]:
+    return {
+        "id": outcome.id,
+        "status": outcome.status,
+        "reason": outcome.reason,
+        "step": outcome.step,
+        "tokens": outcome.tokens,
+        "already_done": outcome.already_done,
+        "metrics": outcome.metrics,
+    }
