@@ -117,7 +117,7 @@ def _load_entry(entry: RouterEntry) -> Any:
         loaded: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             loaded = getattr(loaded, part)
-    except Exception as error:  # a plug-in's import may raise anything
+    except (Exception, SystemExit) as error:  # a plug-in's import may raise anything
         raise MoectlError(f"{who} cannot be loaded: {type(error).__name__}: {error}", hint) from error
     return loaded
 
@@ -153,7 +153,7 @@ def _import_file(file: Path, spec: str) -> Any:
     sys.modules[name] = module  # pydantic and typing look a class's module up here
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:  # user code may raise anything
+    except (Exception, SystemExit) as error:  # user code may raise anything
         del sys.modules[name]
         line = getattr(error, "lineno", None)
         where = f"{spec} (line {line})" if line else spec

@@ -42,7 +42,7 @@ class Settings(BaseModel):
 
 
 class DataConfig(Settings):
-    """What ``prepare`` makes (SPEC §5)."""
+    """What ``prepare`` makes."""
 
     domains: tuple[str, ...] = ("code", "math", "prose")
     source: str = Field("sample", description="sample, hub, a folder, or a .jsonl/.parquet file with a 'domain' field")
@@ -82,7 +82,7 @@ class ModelConfig(Settings):
 
 
 class MoEConfig(Settings):
-    """Experts, router and losses (SPEC §1-4)."""
+    """Experts, router and losses."""
 
     router: dict[str, Any] = Field(
         default_factory=lambda: {"name": "top1"}, description="name and the router's own options"
@@ -144,7 +144,7 @@ class OptimConfig(Settings):
 
 
 class CollapseConfig(Settings):
-    """When a layer counts as collapsed (SPEC §6)."""
+    """When a layer counts as collapsed."""
 
     max_share: Fraction = 0.6
     min_share_of_uniform: Fraction = 0.1

@@ -56,10 +56,11 @@ def build_router(name: str, *, hidden_size: int, num_experts: int, top_k: int | 
 
 def router_class(name: str) -> type[Router]:
     """The class of a router; anything that is no :class:`moectl.moe.Router` is refused."""
-    from moectl.moe.router import Router
     from moectl.plugins import load_router_class
 
-    cls = load_router_class(name)
+    cls = load_router_class(name)  # before torch is loaded: a misspelt name is answered at once
+    from moectl.moe.router import Router
+
     if not (isinstance(cls, type) and issubclass(cls, Router)):
         raise ConfigError(
             f"the router '{name}' is {cls!r}, not a subclass of moectl.moe.Router",

@@ -1,0 +1,7 @@
+"""``python -m moectl``."""
+
+import sys
+
+from moectl.cli.app import main
+
+sys.exit(main())

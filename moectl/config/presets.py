@@ -1,0 +1,29 @@
+"""Named starting points. A preset says only what makes it what it is.
+
+Tokens, schedule, data order and seed are the same in all of them, so that runs of two presets over
+one config file can be compared.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+from moectl.errors import unknown
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The baseline: no experts.
+    "dense": {"moe": None},
+    # Eight experts, top-1, in the last four layers.
+    "moe": {"moe": {"num_experts": 8, "router": {"name": "top1"}, "layers": "last:4"}},
+    # What happens without balancing: no balance loss, no exploration noise, stop once it has collapsed.
+    "no-lb": {"moe": {"lb_coef": 0.0, "router": {"noise_std": 0.0}}, "train": {"early_stop": True}},
+    "top2": {"moe": {"router": {"name": "top2"}}},
+}
+
+
+def preset_values(name: str) -> dict[str, Any]:
+    """A copy of a preset's values; an unknown name is a ConfigError that names the nearest."""
+    if name not in PRESETS:
+        raise unknown("preset", name, PRESETS)
+    return deepcopy(PRESETS[name])

@@ -1,0 +1,123 @@
+"""Any router by name, its options checked by its own ``Config``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moectl.config import load_config
+from moectl.errors import ConfigError, NotFoundError
+from moectl.plugins import BUILT_IN
+from moectl.routers import RouterOptionError, build_router, describe_router, resolve_router, router_config
+
+torch.set_num_threads(1)
+CUSTOM = '''
+from moectl.moe.router import RouterConfig
+from moectl.routers.top1 import Top1Router
+
+
+class Lucky(Top1Router):
+    """Routes as top1 does, and has an option."""
+
+    class Config(Top1Router.Config):
+        luck: int = 7
+
+
+class NotARouter:
+    pass
+'''
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_built_in_router_routes(name: str) -> None:
+    router = build_router(name, hidden_size=16, num_experts=4)
+    out = router(torch.randn(6, 16))
+    assert router.weight.shape == (4, 16)
+    assert out.topk_indices.shape == out.topk_weights.shape == (6, router.top_k)
+    assert router.top_k == (2 if name in ("topk", "top2") else 1)
+
+
+def test_top_k_is_taken_where_it_can_be_chosen() -> None:
+    assert build_router("topk", hidden_size=16, num_experts=4, top_k=3).top_k == 3
+    assert build_router("top1", hidden_size=16, num_experts=4, top_k=1).top_k == 1
+    with pytest.raises(RouterOptionError, match="does not let top_k be chosen"):
+        build_router("top1", hidden_size=16, num_experts=4, top_k=2)
+    with pytest.raises(RouterOptionError):
+        build_router("top2", hidden_size=16, num_experts=4, top_k=3)
+
+
+def test_options_reach_the_router() -> None:
+    router = build_router("topk", hidden_size=16, num_experts=4, norm_topk_prob=False, noise_std=0.3)
+    assert router.config.model_dump()["norm_topk_prob"] is False
+    assert router.config.model_dump()["noise_std"] == 0.3
+
+
+def test_unknown_option_names_the_nearest() -> None:
+    with pytest.raises(RouterOptionError) as caught:
+        build_router("topk", hidden_size=16, num_experts=4, norm_topk=False)
+    assert "router 'topk': unknown option 'norm_topk'" in caught.value.message
+    assert "Did you mean 'norm_topk_prob'?" in str(caught.value.hint)
+    assert isinstance(caught.value, ValueError)
+    assert caught.value.exit_code == 2
+
+
+def test_unknown_option_in_a_config_is_named_in_full() -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_router(load_config(None, sets=["moe.router.noise=1"]))
+    assert "'moe.router.noise'" in caught.value.message
+    assert "'moe.router.noise_std'" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"noise_std": "loud"}, "noise_std = 'loud'"), ({"noise_std": -1.0}, "noise_std"), ({"top_k": 0}, "top_k = 0")],
+)
+def test_wrong_option_value(options: dict[str, object], says: str) -> None:
+    with pytest.raises(RouterOptionError) as caught:
+        router_config("topk", **options)
+    assert says in caught.value.message
+    assert caught.value.hint
+
+
+def test_more_experts_per_token_than_experts() -> None:
+    with pytest.raises(RouterOptionError, match="4 experts"):
+        build_router("topk", hidden_size=16, num_experts=4, top_k=5)
+
+
+def test_dense_config_has_no_router_to_resolve() -> None:
+    dense = load_config(None, preset="dense")
+    assert resolve_router(dense) is dense
+
+
+def test_resolving_keeps_what_was_set() -> None:
+    config = load_config(None, sets=["train.seed=1"])
+    assert "data" not in resolve_router(config).model_fields_set
+    assert resolve_router(resolve_router(config)) == resolve_router(config)
+
+
+def test_router_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "lucky.py"
+    file.write_text(CUSTOM)
+    router = build_router(f"{file}:Lucky", hidden_size=16, num_experts=4, luck=3)
+    assert router(torch.randn(2, 3, 16)).topk_indices.shape == (6, 1)
+    described = describe_router(f"{file}:Lucky")
+    assert described["doc"] == "Routes as top1 does, and has an option."
+    assert {"name": "luck", "type": "int", "default": 7, "description": None} in described["options"]
+    with pytest.raises(ConfigError, match=r"not a subclass of moectl\.moe\.Router"):
+        build_router(f"{file}:NotARouter", hidden_size=16, num_experts=4)
+
+
+def test_unknown_router_and_file() -> None:
+    with pytest.raises(ConfigError, match="unknown router 'top9'"):
+        build_router("top9", hidden_size=16, num_experts=4)
+    with pytest.raises(NotFoundError):
+        build_router("nowhere.py:Mine", hidden_size=16, num_experts=4)
+
+
+def test_abstract_router_is_refused_with_words(tmp_path: Path) -> None:
+    file = tmp_path / "half.py"
+    file.write_text("from moectl.moe import Router\n\n\nclass Half(Router):\n    pass\n")
+    with pytest.raises(RouterOptionError, match="route"):
+        build_router(f"{file}:Half", hidden_size=16, num_experts=4)
