@@ -1,4 +1,4 @@
-"""From raw text to an immutable, content-addressed dataset folder (SPEC §5)."""
+"""From raw text to an immutable, content-addressed dataset folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a domain's texts come from: the shipped sample, the hub, or the user's files (SPEC §5)."""
+"""Where a domain's texts come from: the shipped sample, the hub, or the user's files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which texts are held out: whole groups, before packing, with no text on both sides (SPEC §5)."""
+"""Which texts are held out: whole groups, before packing, with no text on both sides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One layer's NMI beside its three references, each with what it takes to be above it (SPEC §7).
+"""One layer's NMI beside its three references, each with what it takes to be above it.
 
 (a) permutation: domain labels shuffled by group; (b) random router: freshly drawn gates on the
 same hidden states; (c) step 0: the same model before training. Intervals are bootstraps by group.

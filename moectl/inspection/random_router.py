@@ -1,7 +1,7 @@
 """The random-router null: freshly drawn gates of the same shape on the same hidden states.
 
 Domains differ in vocabulary, so any gate at all, trained or not, sends them to different experts.
-What training added is only what stands above gates that were never trained (SPEC §7).
+What training added is only what stands above gates that were never trained.
 
 Shape suffixes: T tokens, D hidden, E experts, K experts per token, R random gates, G groups.
 """

@@ -27,7 +27,7 @@ MINIMUM_GATES = 100
 
 @dataclass(frozen=True)
 class InspectSettings:
-    """How much to draw. ``gates`` below 100 is less than SPEC §7 asks of a verdict."""
+    """How much to draw. ``gates`` below 100 is less than a verdict asks for."""
 
     permutations: int = 1000
     gates: int = MINIMUM_GATES

@@ -1,6 +1,6 @@
 """Did specialisation emerge? The one question that needs several seeds.
 
-SPEC §7: "emerged" means above all three references, with an interval, over at least three seeds.
+"Emerged" means above all three references, with an interval, over at least three seeds.
 From fewer, only what was measured is said.
 """
 

@@ -1,4 +1,4 @@
-"""A trained dense decoder into a Mixture of Experts that computes the same function (SPEC §4)."""
+"""A trained dense decoder into a Mixture of Experts that computes the same function."""
 
 from __future__ import annotations
 

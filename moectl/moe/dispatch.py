@@ -56,9 +56,10 @@ def combine(plan: Dispatch, outputs_AD: Tensor, num_tokens: int) -> Tensor:
     Accumulates in float32 when activations are lower, and returns their dtype. A token without an
     assignment gets zeros.
     """
-    weighted_AD = at_least_float32(outputs_AD) * plan.weights.to(at_least_float32(outputs_AD).dtype)[:, None]
+    exact_AD = at_least_float32(outputs_AD)
+    weighted_AD = exact_AD * plan.weights.to(exact_AD.dtype)[:, None]
     combined_TD = weighted_AD.new_zeros(num_tokens, outputs_AD.shape[-1])
-    return combined_TD.index_add(0, plan.token_ids, weighted_AD).to(outputs_AD.dtype)
+    return combined_TD.index_add_(0, plan.token_ids, weighted_AD).to(outputs_AD.dtype)
 
 
 def count_experts(expert_ids: Tensor, num_experts: int) -> Tensor:

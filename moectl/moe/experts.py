@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from moectl.errors import unknown
 from moectl.moe.dispatch import Dispatch
-from moectl.moe.grouped import grouped_linear
+from moectl.moe.grouped import grouped_linear, swiglu
 
 Backend = Callable[["Experts", Tensor, Dispatch], Tensor]
 
@@ -90,8 +90,8 @@ class GatedExperts(Experts):
         return F.linear(F.silu(F.linear(x_ND, gate_FD)) * F.linear(x_ND, up_FD), self.down_proj[expert])
 
     def grouped(self, x_AD: Tensor, counts_E: Tensor) -> Tensor:
-        gate_AF, up_AF = grouped_linear(x_AD, self.gate_up_proj, counts_E).chunk(2, dim=-1)
-        return grouped_linear(F.silu(gate_AF) * up_AF, self.down_proj, counts_E)
+        hidden_AF = swiglu(grouped_linear(x_AD, self.gate_up_proj, counts_E))
+        return grouped_linear(hidden_AF, self.down_proj, counts_E)
 
 
 class MLPExperts(Experts):
@@ -126,7 +126,8 @@ def run_loop(experts: Experts, x_TD: Tensor, plan: Dispatch) -> Tensor:
         if count:
             outputs.append(experts.one(expert, x_TD[plan.token_ids[start : start + count]]))
         start += count
-    return torch.cat(outputs) if outputs else x_TD.new_zeros(0, experts.hidden_size)
+    # No tokens at all: still through an expert, so that gradients are zeros (as in the other backends), not None.
+    return torch.cat(outputs) if outputs else experts.one(0, x_TD[:0])
 
 
 def run_grouped(experts: Experts, x_TD: Tensor, plan: Dispatch) -> Tensor:

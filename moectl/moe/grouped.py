@@ -26,7 +26,7 @@ def grouped_linear(x_AM: Tensor, weight_ENM: Tensor, counts_E: Tensor, bias_EN: 
         counts_E: rows per expert, int64; sums to A. An expert with none costs nothing.
         bias_EN: stacked biases, or None.
     """
-    if torch.is_autocast_enabled(x_AM.device.type):
+    if torch.is_autocast_enabled(x_AM.device.type) and x_AM.dtype != torch.float64:  # autocast spares float64
         dtype = torch.get_autocast_dtype(x_AM.device.type)
         x_AM, weight_ENM = x_AM.to(dtype), weight_ENM.to(dtype)
         bias_EN = None if bias_EN is None else bias_EN.to(dtype)
@@ -36,7 +36,9 @@ def grouped_linear(x_AM: Tensor, weight_ENM: Tensor, counts_E: Tensor, bias_EN: 
         if bias_EN is not None:
             y_AN = y_AN + bias_EN.repeat_interleave(counts_E, dim=0, output_size=x_AM.shape[0])
         return y_AN
-    return _GroupedLinear.apply(x_AM, weight_ENM, bias_EN, counts_E.tolist())
+    counts = counts_E.tolist()
+    assert sum(counts) == x_AM.shape[0], "rows without an expert would be left uninitialised"
+    return _GroupedLinear.apply(x_AM, weight_ENM, bias_EN, counts)
 
 
 def _strides_fit(x_AM: Tensor, weight_ENM: Tensor) -> bool:
@@ -80,6 +82,36 @@ class _GroupedLinear(torch.autograd.Function):
                 if count == 0:
                     grad_weight[expert].zero_()
         return grad_x, grad_weight, grad_bias, None
+
+
+def swiglu(gate_up_AG: Tensor) -> Tensor:
+    """``silu(gate) · up`` of ``[A, 2F]``, gate columns first: ``[A, F]``.
+
+    Keeps its input alone for the backward, which recomputes ``silu`` and writes both halves into one
+    gradient: autograd's own keeps F more columns and makes three large tensors more, whose fresh
+    memory costs a CPU as much as the arithmetic. The same operations, so the same bits.
+    """
+    return _SwiGLU.apply(gate_up_AG)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up_AG: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up_AG)
+        gate_AF, up_AF = gate_up_AG.chunk(2, dim=-1)
+        return F.silu(gate_AF).mul_(up_AF)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_AF: Tensor) -> Tensor:
+        (gate_up_AG,) = ctx.saved_tensors
+        gate_AF, up_AF = gate_up_AG.chunk(2, dim=-1)
+        grad_AG = torch.empty_like(gate_up_AG)
+        grad_gate_AF, grad_up_AF = grad_AG.chunk(2, dim=-1)
+        torch.mul(grad_AF, F.silu(gate_AF), out=grad_up_AF)
+        torch.mul(grad_AF, up_AF, out=grad_gate_AF)
+        torch.ops.aten.silu_backward.grad_input(grad_gate_AF, gate_AF, grad_input=grad_gate_AF)
+        return grad_AG
 
 
 def _segments(counts: list[int]) -> list[tuple[int, slice]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from moectl.moe.dispatch import combine, dispatch
@@ -36,6 +38,10 @@ class MoELayer(nn.Module):
         self.shared_experts = shared_experts
         self.routing: RouterOutput | None = None
         self.token_mask: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave the last call's graph behind (torch refuses to copy one)."""
+        return {**self.__dict__, "routing": None, "token_mask": None}
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         x_TD = x.reshape(-1, x.shape[-1])

@@ -61,5 +61,6 @@ def masked_mean(values: Tensor, token_mask: Tensor | None) -> Tensor:
     if token_mask is None:
         return values.sum(0) / max(values.shape[0], 1)
     mask_T = token_mask.reshape(-1)
-    weight = mask_T.to(values.dtype).reshape(-1, *[1] * (values.dim() - 1))
-    return (values * weight).sum(0) / mask_T.sum().clamp(min=1)
+    padding = ~mask_T.bool().reshape(-1, *[1] * (values.dim() - 1))
+    # Filled, not multiplied by 0: padding may hold NaN, and NaN · 0 is NaN.
+    return values.masked_fill(padding, 0.0).sum(0) / mask_T.sum().clamp(min=1)

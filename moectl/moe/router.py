@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +46,6 @@ class Router(nn.Module, ABC):
 
     #: Whether a token's route depends on itself and earlier tokens only.
     causal: bool = True
-    #: The balance loss's default weight for this router (SPEC §1: 0 for those balanced otherwise).
-    default_lb_coef: ClassVar[float] = 0.01
 
     def __init__(self, config: RouterConfig, *, hidden_size: int, num_experts: int) -> None:
         super().__init__()
@@ -72,7 +69,7 @@ class Router(nn.Module, ABC):
         """Route ``[T, D]`` or ``[B, S, D]``; ``token_mask`` (``[T]`` or ``[B, S]`` bool) marks real tokens.
 
         Router arithmetic runs in float32, or in float64 for float64 input, whatever the autocast
-        dtype: bfloat16 logits change the expert set of 2-3 % of tokens.
+        dtype: bfloat16 logits change the expert set of 2-3 % of tokens. Padding is seen as zeros.
 
         Raises:
             ValueError: another rank, another hidden size, or a mask of another shape or dtype.
@@ -82,8 +79,12 @@ class Router(nn.Module, ABC):
                 f"router input must be [T, {self.hidden_size}] or [B, S, {self.hidden_size}], got {tuple(x.shape)}"
             )
         mask_T = flatten_mask(token_mask, x)
+        x_TD = at_least_float32(x.reshape(-1, self.hidden_size))
+        if mask_T is not None:
+            # Padding may hold NaN (attention over nothing), which would reach the gate's gradient as NaN · 0.
+            x_TD = x_TD.masked_fill(~mask_T[:, None], 0.0)
         with torch.autocast(device_type=x.device.type, enabled=False):
-            out = self.route(at_least_float32(x.reshape(-1, self.hidden_size)), mask_T)
+            out = self.route(x_TD, mask_T)
         return out if mask_T is None else _drop_padding(out, mask_T)
 
     def logits(self, x_TD: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ class AnnealedNoise(nn.Module):
 
 
 class NoiseOptions(RouterConfig):
-    """Options of routers that explore with annealed Gaussian noise (SPEC §1)."""
+    """Options of routers that explore with annealed Gaussian noise."""
 
     noise_std: float = 0.1
     noise_anneal_fraction: float = 0.25

@@ -1,4 +1,4 @@
-"""Dense MLP weights into stacked expert weights: pure tensor code, any family (SPEC §4).
+"""Dense MLP weights into stacked expert weights: pure tensor code, any family.
 
 Sparse Upcycling, Komatsuzaki et al. 2022, arXiv:2212.05055.
 """

@@ -1,4 +1,4 @@
-"""Collapse detection, per layer and never over a mean of layers (SPEC §6)."""
+"""Collapse detection, per layer and never over a mean of layers."""
 
 from __future__ import annotations
 
