@@ -74,7 +74,7 @@ def run(recipe: str, seed: int) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: per recipe and layer, NMI and its strongest null per seed, and how many seeds exceed all three."""
     lines = [
-        "| recipe | held-out loss | CPU s | layer | NMI by seed | random gates, p95 | above all three | busiest share |",
+        "| recipe | held-out loss | CPU s | layer | NMI by seed | gates, p95 | above all three | busiest share |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for recipe in dict.fromkeys(row["recipe"] for row in rows):

@@ -55,7 +55,7 @@ def _draw(routing: InspectedRun, path: Path) -> Path:
 def _report(result: Quickstart) -> None:
     from moectl.reports.terminal import balance_table, heat_map, nmi_table, what_one_run_says
 
-    moe, report = result.moe.outcome.id, result.routing.report
+    report = result.routing.report
     columns = ["run", "parameters", "active", "tokens", "tokens/s", "LM loss", "95 %", "bits/byte", "commit"]
     rows = [_row(result.dense), _row(result.moe)]
     out().table(

@@ -97,7 +97,8 @@ def progress_note(values: Mapping[str, float]) -> str:
     """One line of numbers for the bar: pure language-model loss, speed, and the worst layer's balance."""
     parts = [f"lm {values['train/lm_loss']:.3f}", f"{values['train/tokens_per_second']:,.0f} tok/s"]
     if "balance/worst" in values:
-        parts.append(f"balance {values['balance/worst']:.2f} (worst layer; 1 is balanced)")
+        collapse = values["balance/collapse_value"]
+        parts.append(f"balance {values['balance/worst']:.2f} (worst layer; 1 balanced, {collapse:g} collapsed)")
     if "eval/lm_loss" in values:
         parts.append(f"held-out {values['eval/lm_loss']:.3f}")
     return " · ".join(parts)
@@ -105,7 +106,7 @@ def progress_note(values: Mapping[str, float]) -> str:
 
 def _report(outcome: RunOutcome) -> None:
     if outcome.already_done:
-        out().say(f"{outcome.id} has finished before: the same config, data and source. Nothing to do.")
+        out().say(f"{outcome.id} has {outcome.status} before: the same config, data and source. Nothing to do.")
     else:
         out().say(f"{outcome.id}: {outcome.status} at step {outcome.step} ({outcome.reason})")
     names = sorted(

@@ -1,0 +1,1 @@
+"""Our own small decoder, dense or Mixture of Experts."""

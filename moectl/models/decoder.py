@@ -269,8 +269,14 @@ def attention_mask(
 
 
 def choose_token(logits_BV: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """One token per row ``[B]``: the most likely at temperature 0, else sampled from the top k."""
-    if temperature <= 0:
+    """One token per row ``[B]``: the most likely at temperature 0, else sampled from the top k.
+
+    Raises:
+        ValueError: a negative temperature, or ``top_k`` below 1.
+    """
+    if temperature < 0 or (top_k is not None and top_k < 1):
+        raise ValueError(f"temperature must be >= 0 and top_k >= 1 or None, not {temperature} and {top_k}")
+    if temperature == 0:
         return logits_BV.argmax(dim=-1)
     if top_k is not None:
         kth = logits_BV.topk(min(top_k, logits_BV.shape[-1])).values[:, -1:]

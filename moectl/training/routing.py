@@ -104,6 +104,9 @@ class StepRouting:
             values[f"load_cv/layer.{number}"] = stats.load_cv(step.counts_E)
             values[f"entropy/layer.{number}"] = float(step.entropy)
         values["balance/worst"] = max(step.balance() for step in self.steps.values())
+        values["balance/collapse_value"] = max(
+            stats.collapse_value(layer.router.num_experts, layer.router.top_k) for layer in self.layers.values()
+        )
         values["balance/running_deviation"] = max(
             abs(float(step.balance_used) - step.balance()) for step in self.steps.values()
         )

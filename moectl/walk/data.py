@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from moectl.config.schema import DataConfig, ExperimentConfig
-from moectl.corpus.manifest import Manifest
+from moectl.corpus.manifest import MANIFEST_FILE, Manifest
 from moectl.corpus.prepare import prepare
 from moectl.corpus.store import dataset_ids, find_dataset
+from moectl.errors import NotFoundError
 
 
 def dataset_for(
@@ -34,3 +36,22 @@ def dataset_for(
         say(f"data: the newest prepared set, {folder.name}")
     recorded = DataConfig.model_validate(Manifest.load(folder).config)
     return folder, config.model_copy(update={"data": recorded})
+
+
+def dataset_of(record: Mapping[str, Any]) -> Path:
+    """The dataset that a run was trained on, by its id; where it was then, if it lies outside the home folder.
+
+    Raises:
+        NotFoundError: it is in neither place (exit code 4).
+    """
+    data = record["data"]
+    try:
+        return find_dataset(data["id"])
+    except NotFoundError as error:
+        elsewhere = Path(data.get("folder", ""))
+        if (elsewhere / MANIFEST_FILE).is_file():
+            return elsewhere
+        raise NotFoundError(
+            f"the run's dataset {data['id']} is gone",
+            "Put its folder back, or prepare it again: the same texts and settings make the same id.",
+        ) from error

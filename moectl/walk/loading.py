@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moectl.config.schema import ExperimentConfig
-from moectl.corpus.store import find_dataset
 from moectl.errors import NotFoundError
 from moectl.models.config import DecoderConfig
 from moectl.models.decoder import Decoder
@@ -20,6 +19,7 @@ from moectl.training.state import (
     newest_checkpoint,
     step_name,
 )
+from moectl.walk.data import dataset_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -53,7 +53,7 @@ def load_run(run: str | Path | None = None, *, step: int | None = None) -> Loade
     folder = find_run(run)
     checkpoint, messages = _checkpoint(folder / "checkpoints", step)
     model = decoder_from(checkpoint)
-    return LoadedRun(model.eval(), folder, find_dataset(run_record(folder)["data"]["id"]), checkpoint.step, messages)
+    return LoadedRun(model.eval(), folder, dataset_of(run_record(folder)), checkpoint.step, messages)
 
 
 def load(run: str | Path | None = None) -> tuple[Decoder, Tokenizer]:

@@ -28,7 +28,7 @@ from moectl.training import runtime
 from moectl.training.protocol import Progress, TrainResult
 from moectl.training.state import newest_checkpoint
 from moectl.training.trainer import Trainer
-from moectl.walk.data import dataset_for
+from moectl.walk.data import dataset_for, dataset_of
 from moectl.walk.loading import run_config
 from moectl.walk.models import build_model, count_parameters
 
@@ -113,7 +113,7 @@ def resume_run(name: str | None, request: RunRequest, config: ExperimentConfig |
     own = run_config(run.path)
     if config is not None:
         _refuse_changes(own, config.model_copy(update={"data": own.data}))
-    data = PackedDataset.open(paths.data_dir() / run.record["data"]["id"])
+    data = PackedDataset.open(dataset_of(run.record))
     run.acquire()
     runtime.configure(own.train)
     model, _ = build_model(own, data.manifest)
@@ -235,7 +235,7 @@ def _duration(run: RunDir, started: float) -> float:
 
 
 def _finished_before(name: str, key: str) -> RunOutcome | None:
-    """The finished run of this name and key, None when the name is free, an error for anything else."""
+    """The run of this name and key that has come to its end, None when the name is free; else an error."""
     folder = paths.runs_dir() / name
     if not (folder / "run.json").is_file():
         return None
@@ -247,18 +247,10 @@ def _finished_before(name: str, key: str) -> RunOutcome | None:
             f"the name '{name}' is taken by a run of another config, data or source",
             f"Choose another --name, or remove it: moectl runs rm {name} --yes",
         )
-    if run.status == "finished":
+    if run.status in ("finished", "collapsed"):
         record = run.record
-        return RunOutcome(
-            name,
-            folder,
-            "finished",
-            record["exit_reason"],
-            record["step"],
-            record["tokens"],
-            run.latest(),
-            True,
-        )
+        ended = (record["status"], record["exit_reason"], record["step"], record["tokens"])
+        return RunOutcome(name, folder, *ended, run.latest(), already_done=True)
     raise ConfigError(
         f"the run '{name}' is there already, {run.status} at step {run.record.get('step')}",
         f"Continue it: moectl train --resume {name} · or remove it: moectl runs rm {name} --yes",
@@ -303,7 +295,7 @@ def _record(
         "tokens": 0,
         "config_hash": config.content_hash(),
         "run_key": key,
-        "data": {"id": data.manifest.id, "sha256": data.manifest.content_sha256},
+        "data": {"id": data.manifest.id, "sha256": data.manifest.content_sha256, "folder": str(data.folder)},
         "base": base,
         "parameters": count_parameters(model),
         "threads": torch.get_num_threads(),

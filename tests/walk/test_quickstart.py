@@ -95,9 +95,7 @@ def test_every_number_is_in_the_registry_and_survives_it(capsys: pytest.CaptureF
     assert listing() == before
 
 
-def test_the_bare_commands_find_the_newest(
-    walked: tuple[Path, Quickstart], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_bare_commands_find_the_newest(walked: tuple[Path, Quickstart], capsys: pytest.CaptureFixture[str]) -> None:
     moe = walked[1].moe.outcome.id
     assert main(["eval", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["run"] == moe
