@@ -44,6 +44,14 @@ RECIPES: dict[str, list[str]] = {
     "switch-last": ["moe.router.name=switch", "moe.layers=3"],
     "switch-no-balance": ["moe.router.name=switch", "moe.lb_coef=0", "moe.router.noise_std=0"],
     "top2": ["moe.router.name=top2"],
+    # Active size equal to the dense model's: 2 experts of half its neurons, 4 of 16 with a quarter.
+    "top2-half": ["moe.router.name=top2", "moe.expert_intermediate_size=128"],
+    "top4-fine": [
+        "moe.router.name=topk",
+        "moe.router.top_k=4",
+        "moe.num_experts=16",
+        "moe.expert_intermediate_size=64",
+    ],
 }
 
 

@@ -23,6 +23,7 @@ SETS = [
     "model.head_dim=8",
     "moe.layers=1",
     "moe.num_experts=4",
+    "moe.expert_intermediate_size=12",
     "optim.warmup_steps=5",
     "train.steps=40",
     "train.threads=1",
@@ -56,7 +57,7 @@ def test_both_runs_are_matched(walked: tuple[Path, Quickstart]) -> None:
     assert dense["data"] == moe["data"] and dense["seed"] == moe["seed"]
     gate = 4 * 16  # one gate of 4 experts is all that the MoE computes beyond the dense model
     assert moe["parameters"]["active"] == dense["parameters"]["total"] + gate
-    assert moe["parameters"]["total"] == moe["parameters"]["active"] + 3 * (3 * 24 * 16)
+    assert moe["parameters"]["total"] == moe["parameters"]["active"] + 2 * (3 * 12 * 16)  # two of four experts rest
     assert walked[1].comparison.matched
 
 
@@ -118,7 +119,7 @@ def test_the_trained_model_loads_and_generates(walked: tuple[Path, Quickstart]) 
 def test_config_yaml_of_a_run_is_its_config(walked: tuple[Path, Quickstart]) -> None:
     folder = walked[1].moe.outcome.folder
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    assert config["moe"]["router"]["name"] == "switch" and config["moe"]["router"]["noise_std"] == 0.1
+    assert config["moe"]["router"]["name"] == "top2" and config["moe"]["router"]["noise_std"] == 0.1
     assert config["train"]["steps"] == 40
 
 
