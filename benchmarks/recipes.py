@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from moectl.runs.intervals import mean_interval
+
 COMMON = [
     "data.tokenizer=bpe:2048",
     "data.block_size=128",
@@ -80,10 +82,10 @@ def run(recipe: str, seed: int) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: per recipe and layer, NMI and its strongest null per seed, and how many seeds exceed all three."""
+    """Markdown: by recipe, layer and seed, NMI and its margin over the strongest reference; the verdict over seeds."""
     lines = [
-        "| recipe | held-out loss | CPU s | layer | NMI by seed | gates, p95 | above all three | busiest share |",
-        "|---|---|---|---|---|---|---|---|",
+        "| recipe | LM loss | CPU s | layer | NMI | gates, p95 | margin | mean [95 %] | emerged | busiest |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for recipe in dict.fromkeys(row["recipe"] for row in rows):
         mine = sorted((row for row in rows if row["recipe"] == recipe), key=lambda row: row["seed"])
@@ -91,15 +93,28 @@ def table(rows: list[dict[str, Any]]) -> str:
         cost = f"{sum(row['cpu_seconds'] for row in mine) / len(mine):.0f}"
         for index, layer in enumerate(mine[0]["layers"]):
             cells = [row["layers"][index] for row in mine]
-            nmis = " ".join(f"{cell['nmi']['value']:.3f}" for cell in cells)
-            nulls = " ".join(f"{cell['nmi']['null_random_router']['p95']:.3f}" for cell in cells)
-            above = sum(bool(cell["nmi"]["exceeds_all"]) for cell in cells)
-            share = " ".join(f"{cell['max_share']:.2f}" for cell in cells)
+            margins = [margin(cell["nmi"]) for cell in cells]
+            spread = mean_interval(margins)
+            known = spread.low is not None
             name = (recipe, loss, cost) if index == 0 else ("", "", "")
-            lines.append(
-                f"| {' | '.join(name)} | {layer['layer']} | {nmis} | {nulls} | {above} of {len(mine)} | {share} |"
+            columns = (
+                *name,
+                layer["layer"],
+                " ".join(f"{cell['nmi']['value']:.3f}" for cell in cells),
+                " ".join(f"{cell['nmi']['null_random_router']['p95']:.3f}" for cell in cells),
+                " ".join(f"{value:+.3f}" for value in margins),
+                f"{spread.mean:+.3f}" + (f" [{spread.low:+.3f}, {spread.high:+.3f}]" if known else ""),
+                f"not from {len(mine)}" if len(mine) < 3 else ("**yes**" if spread.low > 0 else "no"),
+                " ".join(f"{cell['max_share']:.2f}" for cell in cells),
             )
+            lines.append(f"| {' | '.join(map(str, columns))} |")
     return "\n".join(lines)
+
+
+def margin(nmi: dict[str, Any]) -> float:
+    """NMI minus the strongest of its three references."""
+    references = (nmi["null_permutation"]["p95"], nmi["null_random_router"]["p95"], nmi["step0"]["value"])
+    return float(nmi["value"] - max(references))
 
 
 def main() -> None:

@@ -71,6 +71,7 @@ def shipped(kind: str) -> Path:
 
 
 def use_project_cache() -> None:
-    """Keep Hugging Face's caches under our home, unless the user set their place."""
+    """Keep the caches of Hugging Face and matplotlib under our home, unless the user set their place."""
     if not any(name in os.environ for name in _HF_CACHE_VARIABLES):
         os.environ["HF_HOME"] = str(cache_dir() / "huggingface")
+    os.environ.setdefault("MPLCONFIGDIR", str(cache_dir() / "matplotlib"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moectl.cli.output import Bar, out
+from moectl.errors import ConfigError
 
 if TYPE_CHECKING:
     from moectl.config.schema import ExperimentConfig
@@ -73,8 +74,12 @@ def _outcome(
 
     if resume is None:
         return start_run(_load(path, sets, overrides, preset), request)
-    changes = path is not None or preset is not None or sets or overrides
-    return resume_run(resume, request, _load(path, sets, overrides, preset) if changes else None)
+    if request.data is not None or request.commit is not None:
+        option = "--data" if request.data is not None else "--commit"
+        raise ConfigError(f"{option} does not go with --resume", "A resumed run keeps its data and its record.")
+    if path is None and preset is None and not sets and not overrides:
+        return resume_run(resume, request)
+    return resume_run(resume, request, lambda own: _load(path or str(own), sets, overrides, preset))
 
 
 def _load(path: str | None, sets: list[str], overrides: Mapping[str, Any], preset: str | None) -> ExperimentConfig:

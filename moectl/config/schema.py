@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -52,7 +54,7 @@ class DataConfig(Settings):
     )
     block_size: Annotated[int, Field(ge=8, le=131072)] = 512
     balance_tokens: bool = True
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
     @field_validator("domains")
     @classmethod
@@ -135,7 +137,7 @@ class OptimConfig(Settings):
     router_lr: Positive | None = Field(None, description="default: lr")
     expert_lr: Positive | None = Field(None, description="default: lr")
     weight_decay: NonNegative = 0.1
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: Positive = 1e-8
     grad_clip: Positive | None = 1.0
     warmup_steps: Annotated[int, Field(ge=0)] = 50
@@ -158,7 +160,7 @@ class TrainConfig(Settings):
     steps: PositiveInt = 600
     batch_size: PositiveInt = Field(16, description="blocks per micro-batch")
     grad_accum: PositiveInt = 1
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     device: str = "auto"
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     threads: PositiveInt | None = Field(None, description="CPU threads; default: torch's own")
@@ -200,6 +202,7 @@ class ExperimentConfig(Settings):
     def _warmup_fits(self) -> ExperimentConfig:
         if self.optim.warmup_steps >= self.train.steps:
             raise ValueError(
-                f"optim.warmup_steps ({self.optim.warmup_steps}) must be below train.steps ({self.train.steps})"
+                f"optim.warmup_steps ({self.optim.warmup_steps}) must be below train.steps ({self.train.steps}):"
+                f" shorten it with optim.warmup_steps={self.train.steps // 10}"
             )
         return self

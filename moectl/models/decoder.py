@@ -134,7 +134,10 @@ class Decoder(nn.Module):
     def reset_parameters(self) -> None:
         """Normal(0, 0.02); what writes to the residual stream is scaled down by √(2L) (GPT-2)."""
         residual_std = INIT_STD / math.sqrt(2 * self.config.num_layers)
+        routers = {id(part) for layer in self.moe_layers().values() for part in layer.router.modules()}
         for name, module in self.named_modules():
+            if id(module) in routers:
+                continue  # a router starts as its author wrote it
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 writes = name.endswith(("o_proj", "down_proj"))
                 nn.init.normal_(module.weight, std=residual_std if writes else INIT_STD)

@@ -13,9 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moectl.config.schema import Settings
+from moectl.errors import ConfigError
 from moectl.moe.types import RouterOutput
 
 GATE_INIT_STD = 0.02
+
+
+class RouterError(ConfigError, ValueError):
+    """A router that does not hold to the contract."""
 
 
 class RouterConfig(Settings):
@@ -73,6 +78,7 @@ class Router(nn.Module, ABC):
 
         Raises:
             ValueError: another rank, another hidden size, or a mask of another shape or dtype.
+            RouterError: :meth:`route` returned something of another shape or dtype than it must.
         """
         if x.dim() not in (2, 3) or x.shape[-1] != self.hidden_size:
             raise ValueError(
@@ -85,7 +91,24 @@ class Router(nn.Module, ABC):
             x_TD = x_TD.masked_fill(~mask_T[:, None], 0.0)
         with torch.autocast(device_type=x.device.type, enabled=False):
             out = self.route(x_TD, mask_T)
+        self._check(out, x_TD.shape[0])
         return out if mask_T is None else _drop_padding(out, mask_T)
+
+    def _check(self, out: RouterOutput, tokens: int) -> None:
+        """What a router must hold to, so that a wrong one is named here and not felt later (shapes alone: no sync)."""
+        chosen, experts = (tokens, self.top_k), (tokens, self.num_experts)
+        expected: dict[str, tuple[int, ...]]
+        expected = {"topk_indices": chosen, "topk_weights": chosen, "router_logits": experts, "router_probs": experts}
+        expected |= {"router_probs_clean": experts, "entropy": (tokens,)}
+        for name, shape in expected.items():
+            if tuple(getattr(out, name).shape) != shape:
+                raise RouterError(
+                    f"{type(self).__name__}.route() returned {name} of shape {tuple(getattr(out, name).shape)},"
+                    f" not {shape}" + (f"; its top_k is {self.top_k}" if shape == chosen else "")
+                )
+        if out.topk_indices.dtype != torch.int64:
+            dtype = out.topk_indices.dtype
+            raise RouterError(f"{type(self).__name__}.route() returned topk_indices as {dtype}, not int64")
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Raw router logits ``x · Wᵀ``: ``[T, E]``."""
@@ -101,6 +124,8 @@ class Router(nn.Module, ABC):
         """Why this configuration must not be trained, or None."""
         if not bool(self.weight.detach().any()):
             return "its gate is all zeros, which ties every token to the same experts"
+        if self.num_experts == 1:
+            return "with one expert every combine weight is constant, so that the gate learns nothing"
         return None
 
     def extra_repr(self) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moectl import paths
 from moectl.errors import ConfigError, MissingDependencyError
 from moectl.inspection.nulls import Specialization
 from moectl.inspection.routing import RoutingReport
@@ -50,6 +51,7 @@ def check_figure_path(path: Path) -> None:
     """
     if path.suffix.lower() not in FORMATS:
         raise ConfigError(f"cannot draw '{path.name}': its ending is none of {', '.join(FORMATS)}", "Try out.png.")
+    paths.use_project_cache()
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

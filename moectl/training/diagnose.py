@@ -10,20 +10,41 @@ import torch
 from torch import Tensor, nn
 
 from moectl.corpus.loader import Batch
-from moectl.errors import MoectlError
+from moectl.errors import ConfigError, MoectlError
 from moectl.models.decoder import Decoder
+from moectl.training.runtime import precision_context
 
 
-def not_finite(model: Decoder, batches: Sequence[Batch], loss: float, grad_norm: Tensor) -> str | None:
-    """None when loss and gradient norm are finite; else a sentence that names the layer that went first."""
+def not_finite(
+    model: Decoder, batches: Sequence[Batch], loss: float, grad_norm: Tensor, precision: str = "float32"
+) -> str | None:
+    """None when loss and gradient norm are finite; else a sentence that names the layer that went first.
+
+    To be asked before gradients are clipped: clipping by a norm that is NaN makes all of them NaN.
+    """
     if not math.isfinite(loss):
-        where = _first_bad_output(model, batches)
+        with precision_context(precision, grad_norm.device):
+            where = _first_bad_output(model, batches)
         return f"the loss is {loss}: {where or 'no layer output is, so the loss itself overflowed'}"
     if not bool(torch.isfinite(grad_norm)):
         bad = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
         # Gradients flow backwards: the last in model order is where it began.
         return f"the gradient norm is {float(grad_norm)}: it began at {bad[-1] if bad else 'the sum of all parameters'}"
     return None
+
+
+def refuse_untrainable(model: Decoder) -> None:
+    """Raise for a router that must not be trained, with the reason.
+
+    Raises:
+        ConfigError: the gate would get no language-model gradient, ties every token, or sees later tokens.
+    """
+    for number, layer in model.moe_layers().items():
+        problem = layer.router.training_problem()
+        if problem is None and not layer.router.causal:
+            problem = "it lets later tokens change earlier outputs, which a causal language model cannot have"
+        if problem is not None:
+            raise ConfigError(f"the router of layer {number} cannot be trained: {problem}")
 
 
 def refuse_not_finite(model: nn.Module, step: int) -> None:

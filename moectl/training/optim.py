@@ -20,12 +20,14 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, obj
     """
     members: dict[str, list[nn.Parameter]] = {"router": [], "experts": [], "dense": [], "no_decay": []}
     seen: set[int] = set()
+    routers = {id(module) for router in model.modules() if isinstance(router, Router) for module in router.modules()}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen or not parameter.requires_grad:
                 continue
             seen.add(id(parameter))
-            members[_group_of(module, name, parameter)].append(parameter)
+            group = "router" if id(module) in routers else _group_of(module, name, parameter)
+            members[group].append(parameter)
     rates = {"router": optim.router_lr or optim.lr, "experts": optim.expert_lr or optim.lr}
     decays = {"experts": optim.weight_decay, "dense": optim.weight_decay}
     return [
@@ -42,8 +44,6 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, obj
 
 
 def _group_of(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
-    if isinstance(module, Router):
-        return "router"
     if isinstance(module, Experts):
         return "no_decay" if "bias" in name else "experts"
     return "dense" if parameter.dim() >= 2 and not isinstance(module, nn.Embedding) else "no_decay"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import resource
 import sys
@@ -38,8 +39,13 @@ def configure(train: TrainConfig) -> torch.device:
     """Apply threads, determinism and device of a run; seeds are set apart by :func:`seed_all`."""
     if train.threads is not None:
         torch.set_num_threads(train.threads)
+    if train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
     torch.use_deterministic_algorithms(train.deterministic)
-    return resolve_device(train.device)
+    device = resolve_device(train.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    return device
 
 
 def seed_all(seed: int) -> None:
@@ -62,7 +68,7 @@ def parameter_dtype(precision: str) -> torch.dtype:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory: allocated on the device for CUDA, resident in the process otherwise."""
+    """Peak memory: allocated on the device in this run for CUDA, resident in the whole process otherwise."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -63,6 +63,11 @@ class Checkpoint:
     state: dict[str, Any]
     folder: Path
 
+    @property
+    def sha256(self) -> str:
+        """Of the manifest, which holds the hash of every file: names this checkpoint and no other."""
+        return str(files.describe(self.folder / files.MANIFEST)["sha256"])
+
 
 def save_checkpoint(
     root: Path,

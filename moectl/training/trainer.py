@@ -53,6 +53,7 @@ class Trainer:
         evaluate: Evaluate | None = None,
         progress: Progress | None = None,
     ) -> None:
+        diagnose.refuse_untrainable(model)
         self.config, self.settings = config, config.train
         self.device = runtime.configure(config.train)
         self.model = model.to(self.device, runtime.parameter_dtype(config.train.precision))
@@ -65,40 +66,39 @@ class Trainer:
         self.stop = StopRequest()
         self.step = self.tokens = 0
         self.last: dict[str, float] = {}
-        for number, layer in self.layers.items():
-            problem = layer.router.training_problem()
-            if problem is not None:
-                raise ConfigError(f"the router of layer {number} cannot be trained: {problem}")
+        for layer in self.layers.values():
             layer.router.set_schedule(config.train.steps)
 
     def train(self) -> TrainResult:
         """Run to ``train.steps``, or to the first reason to stop; a checkpoint is written either way.
 
         A loss or gradient that is not finite stops the run before the weights are touched; the last
-        good checkpoint stays and the event names the layer that went first.
+        good checkpoint stays and the event names the layer that went first. Ctrl-C and SIGTERM are
+        answered between two steps.
         """
         self.model.train()
         seconds, first_token = 0.0, self.tokens
-        if self.step == 0:
-            self.save()
-            self._evaluate(final=False)
         ending: tuple[Status, str] | None = None
         with self.stop:
+            if self.step == 0:
+                self._evaluate(final=False)
+                self.save()
             while ending is None and self.step < self.settings.steps:
                 started = time.perf_counter()
                 metrics, problem = self.optimizer_step()
                 elapsed = time.perf_counter() - started
                 if problem is not None:
+                    self._report(metrics, self.step + 1)
                     ending = "failed", problem
                     break
                 seconds += elapsed
                 self._report(metrics | {"train/tokens_per_second": self._step_tokens / elapsed})
                 ending = self._after_step()
-        status, reason = ending or ("finished", f"all {self.settings.steps} steps done")
-        if status in ("finished", "collapsed"):  # an interrupted run stops at once
-            self._evaluate(final=True)
-        if status != "failed":
-            self.save()
+            status, reason = ending or ("finished", f"all {self.settings.steps} steps done")
+            if status != "failed":
+                self.save()
+            if status in ("finished", "collapsed"):  # an interrupted run stops at once
+                self._evaluate(final=True)
         self.logger.event(status, reason, step=self.step, tokens=self.tokens)
         return TrainResult(status, reason, self.step, self.tokens, dict(self.last), seconds, self.tokens - first_token)
 
@@ -119,17 +119,18 @@ class Trainer:
             totals += torch.stack([loss.detach().double() for loss in losses])
 
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        max_norm = self.config.optim.grad_clip or float("inf")
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         metrics = dict(
             zip(("train/loss", "train/lm_loss", "train/lb_loss", "train/z_loss"), totals.tolist(), strict=True)
         )
         metrics |= {"train/grad_norm": float(grad_norm), "train/lr": self.config.optim.lr * scale}
-        problem = diagnose.not_finite(self.model, batches, metrics["train/loss"], grad_norm)
+        problem = diagnose.not_finite(self.model, batches, metrics["train/loss"], grad_norm, self.settings.precision)
         if problem is not None:
             self.logger.event("not_finite", problem, step=self.step + 1)
             return metrics, problem
 
+        if self.config.optim.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.grad_clip, grad_norm)
         self.optimizer.step()
         self.step += 1
         self.tokens += self._step_tokens
@@ -188,10 +189,10 @@ class Trainer:
         self.last |= values
         self.logger.log(self.step, self.tokens, values)
 
-    def _report(self, metrics: dict[str, float]) -> None:
+    def _report(self, metrics: dict[str, float], failed_step: int | None = None) -> None:
         self.last |= metrics
-        if self._due(self.settings.log_every):
-            self.logger.log(self.step, self.tokens, metrics)
+        if failed_step is not None or self._due(self.settings.log_every):
+            self.logger.log(failed_step or self.step, self.tokens, metrics)
         if self.progress is not None:
             self.progress(self.step, self.last)
 

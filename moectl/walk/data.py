@@ -27,6 +27,9 @@ def dataset_for(
     """
     if data is not None:
         folder = find_dataset(data)
+        wanted = Manifest.load(folder).config
+        if "data" in config.model_fields_set and config.data != DataConfig.model_validate(wanted):
+            say(f"data: {folder.name}, as asked for by name; the config's own data section is not used")
     elif "data" in config.model_fields_set or not dataset_ids():
         result = prepare(config.data)
         folder = result.folder

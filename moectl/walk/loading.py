@@ -20,6 +20,7 @@ from moectl.training.state import (
     step_name,
 )
 from moectl.walk.data import dataset_of
+from moectl.walk.router_code import with_kept_router
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -34,6 +35,7 @@ class LoadedRun(NamedTuple):
         data: the prepared dataset's folder.
         step: the step of the checkpoint.
         messages: one for every bad checkpoint on the way to a good one.
+        sha256: of the checkpoint's manifest, which lists the hash of every file.
     """
 
     model: Decoder
@@ -41,6 +43,7 @@ class LoadedRun(NamedTuple):
     data: Path
     step: int
     messages: list[str]
+    sha256: str
 
 
 def load_run(run: str | Path | None = None, *, step: int | None = None) -> LoadedRun:
@@ -52,8 +55,8 @@ def load_run(run: str | Path | None = None, *, step: int | None = None) -> Loade
     """
     folder = find_run(run)
     checkpoint, messages = _checkpoint(folder / "checkpoints", step)
-    model = decoder_from(checkpoint)
-    return LoadedRun(model.eval(), folder, dataset_of(run_record(folder)), checkpoint.step, messages)
+    model = decoder_from(checkpoint, folder)
+    return LoadedRun(model.eval(), folder, dataset_of(run_record(folder)), checkpoint.step, messages, checkpoint.sha256)
 
 
 def load(run: str | Path | None = None) -> tuple[Decoder, Tokenizer]:
@@ -64,14 +67,15 @@ def load(run: str | Path | None = None) -> tuple[Decoder, Tokenizer]:
     return loaded.model, PackedDataset.open(loaded.data, verify=False).tokenizer()
 
 
-def decoder_from(checkpoint: Checkpoint) -> Decoder:
-    """The decoder that a checkpoint describes, with its weights in their own dtype.
+def decoder_from(checkpoint: Checkpoint, run_folder: Path) -> Decoder:
+    """The decoder that a checkpoint of a run describes, with its weights in their own dtype.
 
     Raises:
         MoectlError: a key is missing, unexpected or of the wrong shape.
     """
     weights = checkpoint.tensors["model"]
-    model = Decoder(DecoderConfig.from_dict(checkpoint.state["decoder"]))
+    shape = DecoderConfig.from_dict(checkpoint.state["decoder"])
+    model = Decoder(with_kept_router(shape, run_folder))
     model = model.to(weights["embed_tokens.weight"].dtype)
     load_model_strict(model, weights)
     return model

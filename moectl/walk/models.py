@@ -12,12 +12,14 @@ from moectl.errors import CheckError, ConfigError, NotFoundError, did_you_mean
 from moectl.models.config import SIZES, decoder_config
 from moectl.models.decoder import Decoder
 from moectl.models.upcycle import upcycle_decoder
+from moectl.training.diagnose import refuse_untrainable
 from moectl.training.runtime import seed_all
-from moectl.walk.loading import load_run, run_record
+from moectl.walk.loading import load_run
 
 
 def build_model(config: ExperimentConfig, manifest: Manifest) -> tuple[Decoder, dict[str, Any]]:
-    """The model at step 0 and a record of its base: ``{"kind", "id", "step"}``.
+    """The model at step 0 and a record of its base: ``{"kind", "id", "step"}``, and ``"sha256"`` of a
+    checkpoint.
 
     Dense and MoE runs of one seed share every weight that both have: the dense model is drawn
     first, then its chosen MLPs are replaced.
@@ -32,10 +34,16 @@ def build_model(config: ExperimentConfig, manifest: Manifest) -> tuple[Decoder, 
         model, base = Decoder(shape), {"kind": "scratch", "id": config.model.base, "step": 0}
     else:
         model, base = _trained_base(config, manifest)
+    if config.moe is None and model.moe_layers():
+        raise ConfigError(
+            f"the base '{config.model.base}' has experts, but the config is dense",
+            "Train on from it with the run's own moe section, or name a dense run as the base.",
+        )
     if config.moe is not None:
         moe = resolve_init(config.moe, trained=base["kind"] == "run")
         generator = torch.Generator().manual_seed(config.train.seed)
         model = upcycle_decoder(model, moe, generator)
+    refuse_untrainable(model)
     return model, base
 
 
@@ -81,5 +89,5 @@ def _trained_base(config: ExperimentConfig, manifest: Manifest) -> tuple[Decoder
         "kind": "run",
         "id": loaded.folder.name,
         "step": loaded.step,
-        "run_key": run_record(loaded.folder).get("run_key"),
+        "sha256": loaded.sha256,
     }

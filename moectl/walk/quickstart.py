@@ -32,7 +32,7 @@ class Contestant:
     @property
     def tokens_per_second(self) -> float:
         """Training tokens per second of optimizer steps, without evaluation and checkpoints."""
-        return float(self.record["tokens"]) / max(float(self.record["train_seconds"]), 1e-9)
+        return float(self.record["train_tokens"]) / max(float(self.record["train_seconds"]), 1e-9)
 
     def to_dict(self) -> dict[str, Any]:
         """Stable keys for JSON."""
@@ -74,7 +74,8 @@ class Quickstart:
 
 
 def quickstart(request: RunRequest, *, sets: list[str] | None = None, draw: Draw | None = None) -> Quickstart:
-    """Prepare, train both, evaluate both, inspect. What is done already is not done again.
+    """Prepare, train both, evaluate both, inspect. A run that has ended is not trained again; one that was
+    interrupted goes on.
 
     Args:
         request: as for a training run.
@@ -87,6 +88,9 @@ def quickstart(request: RunRequest, *, sets: list[str] | None = None, draw: Draw
     config = load_config(CONFIG, sets=sets or [])
     if config.moe is None:
         raise MoectlError("the quickstart compares a dense model with experts: it needs a moe section", exit_code=2)
+    if config.name is not None:
+        raise MoectlError("the quickstart trains two runs: one name cannot be both", exit_code=2)
+    request = replace(request, go_on=True)
     dense = _contestant(config.model_copy(update={"moe": None}), "dense baseline", request)
     request = replace(request, data=dense.record["data"]["id"])
     moe = _contestant(config, f"{config.moe.num_experts} experts, router {config.moe.router_name}", request)
@@ -102,7 +106,7 @@ def quickstart(request: RunRequest, *, sets: list[str] | None = None, draw: Draw
 
 
 def _contestant(config: ExperimentConfig, what: str, request: RunRequest) -> Contestant:
-    request.say(f"training {what}: {config.train.steps:,} steps")
+    request.say(f"{what}: {config.train.steps:,} steps")
     outcome = start_run(config, request)
     if outcome.status != "finished":
         raise MoectlError(

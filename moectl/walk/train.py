@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from moectl import paths
 from moectl.config.loading import resolved_yaml
 from moectl.config.schema import ExperimentConfig
 from moectl.corpus.loader import PackedDataset
-from moectl.errors import ConfigError, MoectlError
+from moectl.errors import ConfigError, NotFoundError
 from moectl.evaluation.losses import evaluate
 from moectl.models.decoder import Decoder
 from moectl.routers import resolve_router
 from moectl.runs.find import find_run
 from moectl.runs.logger import RunRecorder
-from moectl.runs.provenance import Provenance, collect
-from moectl.runs.rundir import RunDir, now
+from moectl.runs.provenance import collect
+from moectl.runs.rundir import RunDir
 from moectl.training import runtime
-from moectl.training.protocol import Progress, TrainResult
-from moectl.training.state import newest_checkpoint
+from moectl.training.protocol import Progress
+from moectl.training.state import Checkpoint, checkpoint_steps, newest_checkpoint
 from moectl.training.trainer import Trainer
+from moectl.walk import record
 from moectl.walk.data import dataset_for, dataset_of
-from moectl.walk.loading import run_config
-from moectl.walk.models import build_model, count_parameters
+from moectl.walk.loading import decoder_from, run_config
+from moectl.walk.models import build_model
+from moectl.walk.router_code import keep, router_code, with_absolute_router
 
 Say = Callable[[str], None]
 EXIT_CODES = {"finished": 0, "failed": 1, "collapsed": 3, "interrupted": 130}
+ENDED = ("finished", "collapsed")
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class RunRequest:
         data: dataset id, prefix or path; None by :func:`dataset_for`'s rule.
         command: the command line, for the record (secrets are masked there).
         commit: overrides the commit that git reports.
+        go_on: continue a run of the same key that was interrupted, instead of saying how to.
         say: takes a sentence for the user.
         progress: given the run's id and number of steps, returns what is called after every step.
     """
@@ -51,6 +51,7 @@ class RunRequest:
     data: str | None = None
     command: Sequence[str] = ()
     commit: str | None = None
+    go_on: bool = False
     say: Say = lambda text: None
     progress: Callable[[str, int], Progress | None] = lambda run, steps: None
 
@@ -74,67 +75,70 @@ class RunOutcome:
 
 
 def start_run(config: ExperimentConfig, request: RunRequest) -> RunOutcome:
-    """Train from step 0, or return the run of the same config, data and source that has finished.
+    """Train from step 0, or return the run of the same config, data, base and code that has ended.
 
     Raises:
-        ConfigError: the name is taken by another run, or by a process that is writing it.
-        MoectlError: anything that data, model or loop refuse; the run is then recorded as failed.
+        ConfigError: the name is taken by another run, or by a process that is writing it; a router
+            that cannot be trained.
+        MoectlError: anything that data, model or loop refuse; what the loop refuses is recorded as failed.
     """
-    config = resolve_router(config)  # a misspelt option is answered before anything is prepared
+    config = resolve_router(with_absolute_router(config))  # a misspelt option is answered before anything is prepared
     folder, config = dataset_for(config, request.data, request.say)
     data = PackedDataset.open(folder)
-    provenance = collect(list(request.command), commit=request.commit)
-    key = run_key(config, data.manifest.content_sha256, provenance)
-    name = config.name or f"{run_label(config)}-s{config.train.seed}-{key[:8]}"
-    done = _finished_before(name, key)
-    if done is not None:
-        return done
     runtime.configure(config.train)
     model, base = build_model(config, data.manifest)
-    record = _record(config, key, provenance, data, model, base)
-    run = RunDir.create(name, config_yaml=resolved_yaml(config), record=record)
+    provenance = collect(list(request.command), commit=request.commit)
+    code = router_code(config)
+    sources = {"moectl": provenance.source_sha256, "router": None if code is None else code.sha256}
+    key = record.run_key(config, data, base, sources)
+    name = config.name or f"{record.run_label(config)}-s{config.train.seed}-{key[:8]}"
+    there = _already_there(name, key, request)
+    if there is not None:
+        return there
+    for warning in provenance.warnings:
+        request.say(f"warning: {warning}")
+    opening = record.opening(config, key=key, provenance=provenance, data=data, model=model, base=base, code=code)
+    run = RunDir.create(name, config_yaml=resolved_yaml(config), record=opening)
     provenance.write(run.path)
-    return _run(run, config, data, model, request, resume=False)
+    keep(code, run.path)
+    return _run(run, config, data, model, request)
 
 
-def resume_run(name: str | None, request: RunRequest, config: ExperimentConfig | None = None) -> RunOutcome:
+def resume_run(name: str, request: RunRequest, reread: Callable[[Path], ExperimentConfig] | None = None) -> RunOutcome:
     """Continue a run from its newest intact checkpoint, exactly.
 
     Args:
-        name: a run's id, name, prefix or folder; None is not resolved here.
-        config: what the user gave along, to be compared; None takes the run's own.
+        name: a run's id, name, prefix or folder.
+        reread: given the run's config file, the config that the user asks for now, to be compared;
+            None where nothing was asked for.
 
     Raises:
-        ConfigError: the run has finished, is being written, or ``config`` is another one.
+        ConfigError: the run has ended, is being written, or another config was asked for.
+        NotFoundError: no such run, or no checkpoint of it.
     """
     run = RunDir.open(find_run(name))
-    if run.status == "finished":
-        raise ConfigError(f"the run '{run.id}' has finished", "Start a new one, with another --seed or --steps.")
+    if run.status in ENDED:
+        raise ConfigError(f"the run '{run.id}' has {run.status}", "Start a new one, with another --seed or --steps.")
     own = run_config(run.path)
-    if config is not None:
-        _refuse_changes(own, config.model_copy(update={"data": own.data}))
+    if reread is not None:
+        asked = resolve_router(with_absolute_router(reread(run.path / "config.yaml")))
+        _refuse_changes(own, asked if "data" in asked.model_fields_set else asked.model_copy(update={"data": own.data}))
     data = PackedDataset.open(dataset_of(run.record))
     run.acquire()
-    runtime.configure(own.train)
-    model, _ = build_model(own, data.manifest)
-    return _run(run, own, data, model, request, resume=True)
-
-
-def run_key(config: ExperimentConfig, data_sha256: str, provenance: Provenance) -> str:
-    """What determines a run's numbers: config (without its name), data, and moectl's own source."""
-    anonymous = config.model_copy(update={"name": None})
-    parts = (anonymous.content_hash(), data_sha256, provenance.source_sha256)
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def run_label(config: ExperimentConfig) -> str:
-    """``dense``, the preset, or the router's name, made safe for a folder."""
-    if config.preset is not None:
-        return config.preset
-    if config.moe is None:
-        return "dense"
-    plain = config.moe.router_name.rsplit(":", 1)[-1]
-    return "".join(character if character.isalnum() else "-" for character in plain).strip("-") or "moe"
+    try:
+        runtime.configure(own.train)
+        try:
+            checkpoint, messages = newest_checkpoint(run.checkpoints)
+        except NotFoundError as error:
+            hint = f"Remove it and start anew: moectl runs rm {run.id} --yes"
+            raise NotFoundError(f"the run '{run.id}' stopped before its first checkpoint", hint) from error
+        for message in messages:
+            request.say(message)
+        model = decoder_from(checkpoint, run.path)
+    except BaseException:
+        run.release()
+        raise
+    return _run(run, own, data, model, request, checkpoint=checkpoint, messages=messages)
 
 
 def _run(
@@ -144,13 +148,12 @@ def _run(
     model: Decoder,
     request: RunRequest,
     *,
-    resume: bool,
+    checkpoint: Checkpoint | None = None,
+    messages: Sequence[str] = (),
 ) -> RunOutcome:
     started = time.monotonic()
-    with (
-        RunRecorder(run, paths.registry_path(), warn=request.say) as recorder,
-        _failures_recorded(recorder, started),
-    ):
+    recorder = RunRecorder(run, paths.registry_path(), warn=request.say)
+    with recorder, record.failures_recorded(recorder, started):
         trainer = Trainer(
             model,
             data,
@@ -160,11 +163,11 @@ def _run(
             evaluate=lambda decoder, final: _held_out(decoder, data, config, final),
             progress=request.progress(run.id, config.train.steps),
         )
-        if resume:
-            _restore(trainer, run, recorder, request.say)
-        recorder.update(status="running", started=now(), devices=[_device_name(trainer.device)])
+        if checkpoint is not None:
+            _restore(trainer, checkpoint, messages, recorder, request.say)
+        recorder.update(**record.sitting(trainer.device))
         result = trainer.train()
-        recorder.update(**_ending(run, result, trainer.device, started))
+        recorder.update(**record.ending(run, result, trainer.device, started))
     return RunOutcome(run.id, run.path, result.status, result.reason, result.step, result.tokens, result.metrics)
 
 
@@ -180,87 +183,54 @@ def _held_out(model: Decoder, data: PackedDataset, config: ExperimentConfig, fin
     return {name.replace("eval/", "eval_part/", 1): value for name, value in report.metrics().items()}
 
 
-def _restore(trainer: Trainer, run: RunDir, recorder: RunRecorder, say: Say) -> None:
-    """Load the newest intact checkpoint and forget what was logged after it, so that nothing counts twice."""
-    checkpoint, messages = newest_checkpoint(run.checkpoints)
+def _restore(
+    trainer: Trainer, checkpoint: Checkpoint, messages: Sequence[str], recorder: RunRecorder, say: Say
+) -> None:
+    """Take up the checkpoint and forget what was logged after it, so that nothing counts twice."""
+    run = recorder.rundir
     trainer.restore(checkpoint)
     run.truncate_after(checkpoint.step)
     for message in messages:
-        say(message)
         recorder.event("bad_checkpoint", message, step=checkpoint.step)
+    now_sha256 = collect([]).source_sha256
+    if run.record.get("source_sha256", now_sha256) != now_sha256:
+        changed = "moectl's own source has changed since this run began: the rest of it runs other code"
+        say(f"warning: {changed}")
+        recorder.event("warning", changed, step=checkpoint.step, source_sha256=now_sha256)
     recorder.event("resumed", f"resumed from step {checkpoint.step}", step=checkpoint.step)
     say(f"resuming {run.id} from step {checkpoint.step}")
 
 
-@contextmanager
-def _failures_recorded(recorder: RunRecorder, started: float) -> Iterator[None]:
-    """Whatever ends the run early is in its record before it reaches the user."""
-    try:
-        yield
-    except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt)
-        reason = "interrupted twice: no checkpoint of the last step" if interrupted else _sentence(error)
-        recorder.update(
-            status="interrupted" if interrupted else "failed",
-            exit_reason=reason,
-            finished=now(),
-            duration_s=_duration(recorder.rundir, started),
-        )
-        raise
-
-
-def _sentence(error: BaseException) -> str:
-    return error.message if isinstance(error, MoectlError) else f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _ending(run: RunDir, result: TrainResult, device: torch.device, started: float) -> dict[str, Any]:
-    duration = _duration(run, started)
-    return {
-        "status": result.status,
-        "exit_reason": result.reason,
-        "finished": now(),
-        "duration_s": duration,
-        "gpu_seconds": duration if device.type == "cuda" else 0.0,
-        "step": result.step,
-        "tokens": result.tokens,
-        "peak_memory_bytes": runtime.peak_memory_bytes(device),
-        "train_seconds": round(float(run.record.get("train_seconds") or 0.0) + result.train_seconds, 3),
-        "metrics": result.metrics,
-    }
-
-
-def _duration(run: RunDir, started: float) -> float:
-    """Seconds over all sittings of this run."""
-    return round(float(run.record.get("duration_s") or 0.0) + time.monotonic() - started, 3)
-
-
-def _finished_before(name: str, key: str) -> RunOutcome | None:
-    """The run of this name and key that has come to its end, None when the name is free; else an error."""
+def _already_there(name: str, key: str, request: RunRequest) -> RunOutcome | None:
+    """The run of this name and key, where it has ended or is to go on; None when the name is free; else an error."""
     folder = paths.runs_dir() / name
     if not (folder / "run.json").is_file():
         return None
     run = RunDir.open(folder)
     if run.live:
         run.acquire()  # raises, and names the process
+    remove = f"moectl runs rm {name} --yes"
     if run.record.get("run_key") != key:
         raise ConfigError(
-            f"the name '{name}' is taken by a run of another config, data or source",
-            f"Choose another --name, or remove it: moectl runs rm {name} --yes",
+            f"the name '{name}' is taken by a run of another config, data, base or code",
+            f"Choose another --name, or remove it: {remove}",
         )
-    if run.status in ("finished", "collapsed"):
-        record = run.record
-        ended = (record["status"], record["exit_reason"], record["step"], record["tokens"])
+    if run.status in ENDED:
+        ended = (run.status, run.record["exit_reason"], run.record["step"], run.record["tokens"])
         return RunOutcome(name, folder, *ended, run.latest(), already_done=True)
+    steps = checkpoint_steps(run.checkpoints)
+    if steps and request.go_on:
+        return resume_run(name, request)
     raise ConfigError(
-        f"the run '{name}' is there already, {run.status} at step {run.record.get('step')}",
-        f"Continue it: moectl train --resume {name} · or remove it: moectl runs rm {name} --yes",
+        f"the run '{name}' is there already, {run.status}"
+        + (f" with a checkpoint of step {steps[-1]}" if steps else ", without a checkpoint"),
+        (f"Continue it: moectl train --resume {name} · or remove it: {remove}" if steps else f"Remove it: {remove}"),
     )
 
 
 def _refuse_changes(own: ExperimentConfig, given: ExperimentConfig) -> None:
-    """A resumed run keeps its config; the first key that differs is named."""
-    changed = _differences(own.model_dump(mode="json"), given.model_dump(mode="json"))
-    changed = [key for key in changed if key != "name"]
+    """A resumed run keeps its config; every key that differs is named."""
+    changed = [key for key in _differences(own.model_dump(mode="json"), given.model_dump(mode="json")) if key != "name"]
     if changed:
         raise ConfigError(
             f"a resumed run keeps its config, but {', '.join(changed)} differ{'s' if len(changed) == 1 else ''}",
@@ -274,34 +244,3 @@ def _differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
     keys = sorted(set(ours) | set(theirs))
     dot = f"{prefix}." if prefix else ""
     return [found for key in keys for found in _differences(ours.get(key), theirs.get(key), f"{dot}{key}")]
-
-
-def _record(
-    config: ExperimentConfig,
-    key: str,
-    provenance: Provenance,
-    data: PackedDataset,
-    model: Decoder,
-    base: dict[str, Any],
-) -> dict[str, Any]:
-    return {
-        **provenance.record(),
-        "preset": config.preset,
-        "router": None if config.moe is None else config.moe.router_name,
-        "moe": config.moe is not None,
-        "seed": config.train.seed,
-        "steps": config.train.steps,
-        "step": 0,
-        "tokens": 0,
-        "config_hash": config.content_hash(),
-        "run_key": key,
-        "data": {"id": data.manifest.id, "sha256": data.manifest.content_sha256, "folder": str(data.folder)},
-        "base": base,
-        "parameters": count_parameters(model),
-        "threads": torch.get_num_threads(),
-        "marks": [],
-    }
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -17,6 +17,7 @@ from moectl.config.schema import ExperimentConfig
 from moectl.corpus.loader import BlockSampler, PackedDataset, targets
 from moectl.corpus.manifest import Manifest
 from moectl.errors import ConfigError, MoectlError
+from moectl.training.optim import parameter_groups
 from moectl.training.state import checkpoint_steps, newest_checkpoint
 from moectl.training.trainer import Trainer
 from moectl.walk.models import build_model
@@ -192,6 +193,29 @@ def test_not_finite_stops_before_the_weights_move_and_names_the_layer(
     assert checkpoint_steps(tmp_path)[-1] == 4
     good, messages = newest_checkpoint(tmp_path)
     assert not messages and torch.isfinite(good.tensors["model"]["layers.1.mlp.experts.down_proj"]).all()
+
+
+def test_a_gradient_that_is_not_finite_is_traced_to_where_it_began(
+    experiment: Make, dataset: PackedDataset, tmp_path: Path
+) -> None:
+    trainer = make_trainer(experiment(), dataset, tmp_path)
+    before = weights(trainer)
+    norm = trainer.model.layers[1].post_attention_layernorm.weight
+    norm.register_hook(lambda grad: torch.full_like(grad, math.nan))
+    metrics, problem = trainer.optimizer_step()
+    assert math.isnan(metrics["train/grad_norm"]) and problem is not None
+    assert "it began at layers.1.post_attention_layernorm.weight" in problem
+    assert_equal(before, weights(trainer))
+
+
+def test_what_a_router_brings_is_the_router_s_own(experiment: Make, dataset: PackedDataset, tmp_path: Path) -> None:
+    """A layer inside a router takes the router's learning rate and no weight decay."""
+    trainer = make_trainer(experiment(optim={"router_lr": 0.5}), dataset, tmp_path)
+    inner = torch.nn.Linear(16, 16)
+    trainer.layers[0].router.add_module("inner", inner)
+    groups = parameter_groups(trainer.model, trainer.config.optim)
+    (group,) = [g for g in groups if any(p is inner.weight for p in g["params"])]  # type: ignore[attr-defined]
+    assert (group["name"], group["weight_decay"], group["lr"]) == ("router", 0.0, 0.5)
 
 
 def test_weights_that_are_not_finite_never_reach_a_checkpoint(

@@ -146,7 +146,8 @@ def test_a_checkpoint_cut_in_half_is_set_aside_by_name(place: Path, moectl: Moec
     weights = newest / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     process = _start(place, "train", "--resume", "damaged")
-    _wait_for(newest.with_name(f"{newest.name}.bad-1"), process)
+    _wait_for(newest.with_name("step-00000060"), process)  # well past what it resumed from
+    assert newest.with_name(f"{newest.name}.bad-1").is_dir()
     process.send_signal(signal.SIGTERM)
     _, talk = process.communicate(timeout=60)
     assert f"{newest.name}" in talk and "model.safetensors" in talk
