@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moectl.moe.router import at_least_float32
+from moectl.moe.stats import expert_counts
 from moectl.moe.types import RouterOutput
 
 
@@ -46,7 +47,7 @@ def dispatch(routing: RouterOutput) -> Dispatch:
         token_ids=order_A // top_k,
         expert_ids=expert_ids,
         weights=weight_A.index_select(0, order_A),
-        tokens_per_expert=count_experts(expert_ids, num_experts),
+        tokens_per_expert=expert_counts(expert_ids, num_experts),
     )
 
 
@@ -60,9 +61,3 @@ def combine(plan: Dispatch, outputs_AD: Tensor, num_tokens: int) -> Tensor:
     weighted_AD = exact_AD * plan.weights.to(exact_AD.dtype)[:, None]
     combined_TD = weighted_AD.new_zeros(num_tokens, outputs_AD.shape[-1])
     return combined_TD.index_add_(0, plan.token_ids, weighted_AD).to(outputs_AD.dtype)
-
-
-def count_experts(expert_ids: Tensor, num_experts: int) -> Tensor:
-    """How often each expert occurs: ``[E]`` int64. Experts that do not occur count 0."""
-    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=expert_ids.device)
-    return counts_E.index_add(0, expert_ids, torch.ones_like(expert_ids))

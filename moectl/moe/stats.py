@@ -12,7 +12,10 @@ from torch import Tensor
 def expert_counts(
     topk_indices: Tensor, num_experts: int, keep: Tensor | None = None, token_mask: Tensor | None = None
 ) -> Tensor:
-    """Assignments per expert ``[E]`` int64, over real tokens and kept slots of ``[T, K]``."""
+    """Assignments per expert ``[E]`` int64, over real tokens and kept slots of ``[T, K]``, or of a flat ``[A]``.
+
+    Experts that do not occur count 0.
+    """
     used_TK = torch.ones_like(topk_indices) if keep is None else keep.to(torch.int64)
     if token_mask is not None:
         used_TK = used_TK * token_mask.reshape(-1, 1)

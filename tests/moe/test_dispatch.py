@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moectl.moe.dispatch import Dispatch, combine, count_experts, dispatch
+from moectl.moe.dispatch import Dispatch, combine, dispatch
+from moectl.moe.stats import expert_counts
 from tests.moe.reference import Case, by_hand, cases
 
 FLOAT64_SUM = 1e-14  # a handful of float64 products, added in another order than the reference adds them
@@ -140,7 +141,7 @@ def test_order_within_an_expert_is_stable_at_sizes_where_unstable_sorts_are_not(
 
 
 @given(st.lists(st.integers(0, 5), max_size=30), st.integers(6, 9))
-def test_count_experts(ids: list[int], num_experts: int) -> None:
-    counts = count_experts(torch.tensor(ids, dtype=torch.int64), num_experts)
+def test_counts_of_flat_ids(ids: list[int], num_experts: int) -> None:
+    counts = expert_counts(torch.tensor(ids, dtype=torch.int64), num_experts)
     assert counts.dtype == torch.int64
     assert counts.tolist() == [ids.count(expert) for expert in range(num_experts)]
