@@ -96,6 +96,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             margins = [margin(cell["nmi"]) for cell in cells]
             spread = mean_interval(margins)
             known = spread.low is not None
+            emerged = known and spread.low > 0 and all(cell["nmi"]["exceeds_all"] for cell in cells)
             name = (recipe, loss, cost) if index == 0 else ("", "", "")
             columns = (
                 *name,
@@ -104,7 +105,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 " ".join(f"{cell['nmi']['null_random_router']['p95']:.3f}" for cell in cells),
                 " ".join(f"{value:+.3f}" for value in margins),
                 f"{spread.mean:+.3f}" + (f" [{spread.low:+.3f}, {spread.high:+.3f}]" if known else ""),
-                f"not from {len(mine)}" if len(mine) < 3 else ("**yes**" if spread.low > 0 else "no"),
+                f"not from {len(mine)}" if len(mine) < 3 else ("**yes**" if emerged else "no"),
                 " ".join(f"{cell['max_share']:.2f}" for cell in cells),
             )
             lines.append(f"| {' | '.join(map(str, columns))} |")

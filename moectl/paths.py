@@ -7,11 +7,21 @@ parent that has one; a new one is made in the working folder.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from moectl.errors import MoectlError
 
 _HF_CACHE_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+NAME_RULE = "letters, digits, '.', '_' and '-', at most 100, starting with a letter or digit"
+
+
+def check_name(name: str) -> str:
+    """``name`` if it is safe as a folder's name. Raises ``ValueError`` that says the rule."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is not a usable name: {NAME_RULE}")
+    return name
 
 
 def home() -> Path:

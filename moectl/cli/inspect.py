@@ -73,7 +73,7 @@ def _report_seeds(result: InspectedSeeds, figure: Path | None, as_json: bool) ->
     if as_json:
         out().data(result.to_dict())
         return
-    from moectl.reports.terminal import balance_table, nmi_table, verdict_table
+    from moectl.reports.terminal import balance_table, nmi_table, notes_of, verdict_table
 
     for run in result.runs:
         out().say(run.title)
@@ -85,3 +85,4 @@ def _report_seeds(result: InspectedSeeds, figure: Path | None, as_json: bool) ->
         out().render(verdict_table(result.verdicts, result.seeds))
     else:
         out().say("No verdict: it needs runs of one configuration and different seeds.")
+    out().render(notes_of([run.report for run in result.runs]))

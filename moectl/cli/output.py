@@ -118,7 +118,7 @@ class Output:
         *,
         caption: str | None = None,
     ) -> None:
-        """Print a table to stdout. A column of numbers is set to the right.
+        """Print a table to stdout, title and caption on lines of their own. A column of numbers is set to the right.
 
         None shows as "–"; format numbers before handing them over, if their digits matter.
         Off a terminal, nothing is wrapped or cut, however long the lines.
@@ -128,21 +128,24 @@ class Output:
         from rich.text import Text
 
         body = [[_cell(value) for value in row] for row in rows]
-        view = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, show_edge=False, title_justify="left")
-        view.title_style, view.caption_style = "bold", "dim"
-        view.caption_justify = "left"
+        view = Table(box=box.SIMPLE_HEAD, show_edge=False)
         for index, column in enumerate(columns):
             cells = [row[index] for row in body if row[index] != _NOTHING]
             numeric = bool(cells) and all(map(_is_number, cells))
             view.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
         for row in body:
             view.add_row(*(Text(cell) for cell in row))
+        # As a part of the table, a longer title would be wrapped to the table's width.
+        parts: list[RenderableType] = [Text(title, style="bold")] if title is not None else []
+        parts.append(view)
+        if caption is not None:
+            parts.append(Text(caption, style="dim"))
         console = _console(sys.stdout, piped_width=10_000)
         if console.is_terminal:
-            console.print(view)
+            console.print(*parts, sep="\n")
             return
         with console.capture() as captured:
-            console.print(view)
+            console.print(*parts, sep="\n")
         self.data("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
     def render(self, renderable: RenderableType) -> None:

@@ -114,6 +114,12 @@ def _report(outcome: RunOutcome) -> None:
         out().say(f"{outcome.id} has {outcome.status} before: the same config, data and source. Nothing to do.")
     else:
         out().say(f"{outcome.id}: {outcome.status} at step {outcome.step} ({outcome.reason})")
+    if "eval/lm_loss" in outcome.metrics:
+        _losses_table(outcome)
+    out().say(f"next: {_next(outcome)}")
+
+
+def _losses_table(outcome: RunOutcome) -> None:
     names = sorted(
         {name.split("/")[1] for name in outcome.metrics if name.startswith("eval/") and name.count("/") == 2}
     )
@@ -124,7 +130,6 @@ def _report(outcome: RunOutcome) -> None:
         ["domain", "nats/token", "perplexity", "bits/byte"],
         rows,
     )
-    out().say(f"next: {_next(outcome)}")
 
 
 def _losses(metrics: Mapping[str, float], prefix: str) -> list[str | None]:

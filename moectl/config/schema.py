@@ -13,23 +13,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from moectl.paths import check_name
+
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _LAYERS = re.compile(r"all|last:[1-9]\d*|every:[1-9]\d*|\d+(,\d+)*")
-
-
-def check_name(name: str) -> str:
-    """A name that is safe as a folder: letters, digits, ``. _ -``, at most 100 characters."""
-    if not _NAME.fullmatch(name):
-        raise ValueError(
-            f"{name!r} is not a usable name: letters, digits, '.', '_' and '-', starting with a letter or digit"
-        )
-    return name
 
 
 class Settings(BaseModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from moectl.errors import MoectlError
 
 _BOM = b"\xef\xbb\xbf"
 _PARQUET_ROWS = 1024
+# Accented letters of a Latin-1 text are a few in a hundred bytes; of compressed data nearly half are no UTF-8.
+_FEW_BYTES, _FEW_SHARE = 8, 0.1
 
 
 class Row(NamedTuple):
@@ -27,8 +30,10 @@ def read_records(path: Path) -> Iterator[Row]:
     """Rows of a ``.jsonl`` or ``.parquet`` file with the fields text and, if wanted, group, domain, source.
 
     Raises:
-        MoectlError: empty, binary, invalid UTF-8, a broken or too long line, a missing text (exit 1).
+        MoectlError: no regular file, empty, binary, invalid UTF-8, a broken or too long line, a
+            missing text (exit 1).
     """
+    _regular_size(path)
     for where, record in _parquet(path) if path.suffix == ".parquet" else _jsonl(path):
         if "text" not in record:
             fields = ", ".join(sorted(map(str, record))[:8]) or "none"
@@ -47,7 +52,8 @@ def read_records(path: Path) -> Iterator[Row]:
 def read_text_files(folder: Path) -> Iterator[Text]:
     """Every file below ``folder`` as one text whose group is its relative path, in sorted order.
 
-    Hidden files and folders are passed over; anything else that is not UTF-8 text is an error.
+    Hidden files and folders are passed over; anything else that is not UTF-8 text is an error, and
+    so is what is not a regular file.
     """
     for path in text_files(folder):
         name = path.relative_to(folder).as_posix()
@@ -69,9 +75,9 @@ def text_files(folder: Path) -> list[Path]:
 
 def read_text_file(path: Path) -> str:
     """The text of a file; binary content, invalid UTF-8 (with its offset) and over 8 MiB are errors."""
+    if _regular_size(path) > MAX_TEXT_BYTES:
+        raise too_long(str(path))
     try:
-        if path.stat().st_size > MAX_TEXT_BYTES:
-            raise too_long(str(path))
         data = path.read_bytes()
     except OSError as error:
         raise _unreadable(path, error) from error
@@ -84,11 +90,11 @@ def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         empty = False
         where = f"{path}, line {number}"
         try:
-            record = json.loads(_decode(line, path, where, offset))
+            record = json.loads(_decode(line, path, where, offset).rstrip("\r\n"))
         except (ValueError, RecursionError) as error:
-            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
             raise MoectlError(
-                f"{where}: not valid JSON ({reason})", "Each line must be one whole JSON object with a field 'text'."
+                f"{where}: not valid JSON ({_reason(error)})",
+                "Each line must be one whole JSON object with a field 'text'.",
             ) from error
         if not isinstance(record, dict):
             raise MoectlError(
@@ -97,6 +103,26 @@ def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, record
     if empty:
         raise _empty(path)
+
+
+def _reason(error: Exception) -> str:
+    """What json found wrong; some of its messages end in " at" or a colon, for a place to follow."""
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    return f"{error.msg.rstrip(': ').removesuffix(' at')} at column {error.colno}"
+
+
+def _regular_size(path: Path) -> int:
+    """The size of a regular file. Reading a pipe or a device could wait for ever."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise MoectlError(
+            f"{path} is not a regular file", "Only regular files can be prepared; move it away or name another source."
+        )
+    return status.st_size
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
@@ -127,10 +153,14 @@ def _decode(data: bytes, path: Path, where: str, offset: int) -> str:
         return data.removeprefix(_BOM).decode("utf-8")
     except UnicodeDecodeError as error:
         position = offset + error.start + (len(_BOM) if data.startswith(_BOM) else 0)
-        raise MoectlError(
-            f"{where}: invalid UTF-8 at byte offset {position} of the file",
-            f"Convert it, for example: iconv -f latin1 -t utf-8 {path.name}",
-        ) from error
+        message = f"{where}: invalid UTF-8 at byte offset {position} of the file"
+        wrong = len(data) - len(data.decode("utf-8", errors="ignore").encode())
+        if wrong > max(_FEW_BYTES, _FEW_SHARE * len(data)):
+            raise MoectlError(
+                f"{message}; {wrong / len(data):.0%} of its bytes are no UTF-8: it looks binary",
+                "Leave it out; if it is text after all, convert it to UTF-8 first.",
+            ) from error
+        raise MoectlError(message, f"Convert it, for example: iconv -f latin1 -t utf-8 {path.name}") from error
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -17,7 +17,6 @@ from moectl.corpus.manifest import (
     DOCUMENTS_FILE,
     TOKENIZER_FILE,
     Manifest,
-    hash_file,
 )
 from moectl.corpus.manifest import verify as verify_folder
 from moectl.corpus.shuffle import permutation
@@ -142,14 +141,6 @@ class PackedDataset:
         from moectl.corpus.tokenization import load_tokenizer
 
         return load_tokenizer(self.folder / TOKENIZER_FILE)
-
-    def check_tokenizer(self, path: Path | str) -> None:
-        """Raise CheckError unless ``path`` (a file, or a folder with one) is the dataset's tokenizer."""
-        path = Path(path)
-        path = path / TOKENIZER_FILE if path.is_dir() else path
-        if not path.is_file():
-            raise NotFoundError(f"there is no tokenizer at {path}", f"A folder with {TOKENIZER_FILE} is needed.")
-        self.manifest.check_tokenizer(hash_file(path), str(path))
 
     @cached_property
     def documents(self) -> tuple[Document, ...]:

@@ -101,13 +101,13 @@ class Manifest(_Record):
         """Names in the order of the ids in ``domains.npy``."""
         return tuple(domain.name for domain in self.domains)
 
-    def check_tokenizer(self, sha256: str, what: str) -> None:
-        """Raise CheckError unless ``sha256`` is the dataset's tokenizer; ``what`` names the other."""
+    def check_tokenizer(self, sha256: str, what: str, hint: str) -> None:
+        """Raise CheckError unless ``sha256`` is the dataset's tokenizer; ``what`` names whose the other is."""
         if sha256 != self.tokenizer.sha256:
             raise CheckError(
                 f"the tokenizer of {what} is not the one that dataset {self.id} was prepared with "
                 f"({sha256[:12]} against {self.tokenizer.sha256[:12]})",
-                f"Prepare the data with that tokenizer (--tokenizer {what}), or use the one in the dataset folder.",
+                hint,
             )
 
     def save(self, folder: Path) -> None:

@@ -23,7 +23,7 @@ from moectl.corpus.manifest import (
 from moectl.corpus.packing import Packed, balanced, pack
 from moectl.corpus.sources import check_sources, read_domain
 from moectl.corpus.splitting import Split, SplitDomain, split
-from moectl.corpus.store import publish
+from moectl.corpus.store import publish, touch
 from moectl.corpus.texts import DomainTexts, texts_hash
 from moectl.corpus.tokenization import (
     TokenizerSpec,
@@ -58,7 +58,8 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> PrepareR
     """Read, split, tokenize, pack, balance and write the dataset that ``config`` asks for.
 
     The folder is named by the content of the texts and by every setting that shapes the result;
-    if it exists it is verified and returned. ``progress`` is called with a line per stage.
+    if it exists it is verified and returned. Either way it is the newest from now on. ``progress``
+    is called with a line per stage.
 
     Raises:
         ConfigError: unknown domain, bad tokenizer, a block size that the data cannot fill (exit 2).
@@ -80,11 +81,13 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> PrepareR
     if folder.exists():
         say(f"verifying {dataset_id}")
         verify(folder)
+        touch(folder)
         return PrepareResult(folder, Manifest.load(folder), created=False)
 
     with publish(folder) as temporary:  # first of all: a place that cannot be written is known at once
         _build(temporary, dataset_id, config, (spec, sources), say)
     verify(folder)  # also when another process was quicker
+    touch(folder)
     return PrepareResult(folder, Manifest.load(folder), created=True)
 
 

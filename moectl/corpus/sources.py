@@ -102,7 +102,7 @@ def _folder(folder: Path, spec: str, domain: str, *, alone: bool) -> DomainTexts
     """``DOMAIN.jsonl``, ``DOMAIN.parquet`` or ``DOMAIN/`` with text files; for one domain any text files."""
     for suffix in RECORD_SUFFIXES:
         path = folder / f"{domain}{suffix}"
-        if path.is_file():
+        if path.exists():
             return _collect((row.text for row in read_records(path)), domain, spec, _LOCAL_LICENCE)
     below = folder / domain
     if below.is_dir():

@@ -87,11 +87,15 @@ def _held_out(domain: DomainTexts, seed: int) -> frozenset[str]:
     groups = {text.group for text in domain.texts}
     if len(groups) < MIN_GROUPS:
         raise MoectlError(
-            f"domain '{domain.name}' has {len(groups)} group{'s' if len(groups) != 1 else ''} "
-            f"({len(domain.texts)} texts), too few to hold some out: at least {MIN_GROUPS} are needed",
+            f"domain '{domain.name}' has {_count(len(groups), 'group')} "
+            f"({_count(len(domain.texts), 'text')}), too few to hold some out: at least {MIN_GROUPS} are needed",
             "Add texts, or give them finer groups (field 'group'; without it each text is its own group).",
         )
     return eval_groups(domain.name, groups, seed)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _key(seed: int, domain: str, group: str) -> bytes:

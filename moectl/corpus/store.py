@@ -5,20 +5,26 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moectl import paths
-from moectl.corpus.manifest import MANIFEST_FILE, Manifest
-from moectl.errors import MoectlError, NotFoundError, unknown
+from moectl.corpus.manifest import MANIFEST_FILE, verify
+from moectl.errors import CheckError, ConfigError, MoectlError, NotFoundError, unknown
 
 
 def find_dataset(name_or_path: str | Path | None = None) -> Path:
-    """The folder of a dataset: by id, unique prefix of an id, or path; None is the newest.
+    """The folder of a dataset: by id, unique prefix of an id, or path.
+
+    None is the one that was prepared last, be it that ``prepare`` made it or found it; damaged ones
+    are passed over.
 
     Raises:
-        NotFoundError: none, or several fit the prefix (exit 4).
+        NotFoundError: there is none (exit 4).
+        ConfigError: the prefix fits several (exit 2).
+        CheckError: None was asked for, and every dataset is damaged (exit 3).
     """
     if name_or_path is None:
         return _newest()
@@ -33,7 +39,7 @@ def find_dataset(name_or_path: str | Path | None = None) -> Path:
     known = dataset_ids()
     matches = [name] if name in known else [dataset for dataset in known if name and dataset.startswith(name)]
     if len(matches) > 1:
-        raise NotFoundError(f"'{name}' fits several datasets", f"Give more characters of one of: {', '.join(matches)}.")
+        raise ConfigError(f"'{name}' fits several datasets", f"Give more characters of one of: {', '.join(matches)}.")
     if not matches:
         error = unknown("dataset", name, known, NotFoundError)
         raise error if known else NotFoundError(error.message, "There is none yet: run 'moectl prepare'.")
@@ -53,11 +59,26 @@ def dataset_ids() -> list[str]:
         ) from error
 
 
+def touch(folder: Path) -> None:
+    """Mark a dataset as the one prepared last: the time of its folder, which no hash covers."""
+    now = time.time_ns()
+    with suppress(OSError):  # a shelf that can only be read keeps its order
+        os.utime(folder, ns=(now, now))
+
+
 def _newest() -> Path:
-    created = {dataset: Manifest.load(paths.data_dir() / dataset).created for dataset in dataset_ids()}
-    if not created:
+    folders = [paths.data_dir() / dataset for dataset in dataset_ids()]
+    if not folders:
         raise NotFoundError(f"there is no prepared dataset in {paths.data_dir()}", "Make one with 'moectl prepare'.")
-    return paths.data_dir() / max(created, key=lambda dataset: (created[dataset], dataset))
+    damaged: list[MoectlError] = []
+    for folder in sorted(folders, key=lambda folder: (folder.stat().st_mtime_ns, folder.name), reverse=True):
+        try:
+            verify(folder)
+        except MoectlError as error:
+            damaged.append(error)
+        else:
+            return folder
+    raise CheckError(damaged[0].message, damaged[0].hint)
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from moectl.corpus.loader import IGNORED, PackedDataset, targets
 from moectl.errors import MoectlError
-from moectl.resampling import Interval, centred_interval, group_weights
+from moectl.models.modes import eval_mode
+from moectl.resampling import Interval, centred_interval, group_weights, smallest_stratum
 
 #: Called with (blocks done, blocks in all).
 Progress = Callable[[int, int], None]
@@ -138,21 +139,15 @@ def evaluate(
         chosen = np.unique(np.linspace(0, split.num_blocks - 1, max_blocks).round().astype(np.int64))
     device = next(model.parameters()).device
     sums = _GroupSums(dataset)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            for start in range(0, len(chosen), batch_size):
-                batch = split.batch(chosen[start : start + batch_size])
-                logits = model(batch.input_ids.to(device), doc_ids=batch.doc_ids.to(device))
-                labels = targets(batch)
-                losses = token_losses(logits[:, :-1], labels.to(device)).cpu()
-                sums.add(losses, labels != IGNORED, batch.byte_counts[:, 1:], batch.doc_ids[:, 1:])
-                if progress is not None:
-                    progress(min(start + batch_size, len(chosen)), len(chosen))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with eval_mode(model):
+        for start in range(0, len(chosen), batch_size):
+            batch = split.batch(chosen[start : start + batch_size])
+            logits = model(batch.input_ids.to(device), doc_ids=batch.doc_ids.to(device))
+            labels = targets(batch)
+            losses = token_losses(logits[:, :-1], labels.to(device)).cpu()
+            sums.add(losses, labels != IGNORED, batch.byte_counts[:, 1:], batch.doc_ids[:, 1:])
+            if progress is not None:
+                progress(min(start + batch_size, len(chosen)), len(chosen))
     return sums.report(tuple(dataset.domains), bootstrap, len(chosen), len(chosen) == split.num_blocks)
 
 
@@ -199,9 +194,11 @@ class _GroupSums:
     def _loss(self, chosen: NDArray[np.bool_], bootstrap: int) -> LossReport:
         nll, tokens, strata = self.nll[chosen], self.tokens[chosen], self.domains[chosen]
         interval = None
-        if bootstrap and len(strata) and np.bincount(strata)[np.unique(strata)].min() > 1:
+        groups = smallest_stratum(strata)
+        if bootstrap and groups > 1:
             weights = group_weights(strata, bootstrap, seed=0)
-            interval = centred_interval(float(nll.sum() / tokens.sum()), (weights @ nll) / (weights @ tokens))
+            interval = centred_interval(float(nll.sum() / tokens.sum()), (weights @ nll) / (weights @ tokens), groups)
+            interval = interval._replace(low=max(interval.low, 0.0))  # no loss is below 0
         return LossReport(
             float(nll.sum()), int(tokens.sum()), int(self.bytes[chosen].sum()), int(chosen.sum()), interval
         )

@@ -5,8 +5,8 @@ Shape suffixes: T tokens, D hidden, E experts, K experts per token, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from moectl.corpus.loader import PackedDataset
 from moectl.errors import ConfigError, MoectlError
 from moectl.inspection.random_router import UNUSED, chosen_experts
 from moectl.inspection.specialization import GroupCounts
+from moectl.models.modes import eval_mode
 from moectl.moe.layer import MoELayer
 from moectl.moe.router import Router
 
@@ -156,7 +157,7 @@ def collect(
     recorders = {number: _Recorder(number, keep_hidden, observer) for number in layers}
     ids, domains, group_ids = [], [], []
     with ExitStack() as stack:
-        stack.enter_context(in_eval_mode(model))
+        stack.enter_context(eval_mode(model))
         for number, layer in layers.items():
             stack.callback(layer.register_forward_hook(recorders[number].hook, with_kwargs=True).remove)
         for start in range(0, split.num_blocks, batch_size):
@@ -177,19 +178,6 @@ def collect(
         domain_names=tuple(dataset.domains),
         split=split.name,
     )
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's own mode is restored."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 class _Recorder:

@@ -23,7 +23,7 @@ from moectl.inspection.specialization import (
     nmi,
     permutation_test_of_groups,
 )
-from moectl.resampling import Interval, centred_interval, group_weights
+from moectl.resampling import Interval, centred_interval, group_weights, smallest_stratum
 
 Floats = NDArray[np.float64]
 _CHUNK = 6_000_000  # elements of one temporary array
@@ -129,9 +129,8 @@ def specialization(
     test = permutation_test_of_groups(observed, permutations, seed)
     value = test.statistic
     gate_values = nmi(_tables(gates, observed))
-    sizes = np.bincount(observed.domains, minlength=observed.num_domains)
-    # One group of a domain, drawn again, is itself: no scatter, and so no interval at all.
-    weights = group_weights(observed.domains, bootstrap, seed) if sizes[sizes > 0].min() > 1 else None
+    groups = smallest_stratum(observed.domains)
+    weights = group_weights(observed.domains, bootstrap, seed) if groups > 1 else None
 
     resampled = None if weights is None else _resampled(observed.counts[None], observed, weights)[:, 0]
     gates_p95 = float(np.quantile(gate_values, _PERCENTILE))
@@ -139,7 +138,7 @@ def specialization(
     permutation_p95 = float(np.quantile(test.null, _PERCENTILE))
     return Specialization(
         value=value,
-        interval=None if resampled is None else _clipped(centred_interval(value, resampled)),
+        interval=None if resampled is None else _clipped(centred_interval(value, resampled, groups)),
         mutual_information=float(mutual_information(table)),
         domain_entropy=float(entropy(table.sum(1))),
         expert_entropy=float(entropy(table.sum(0))),
@@ -158,6 +157,7 @@ def specialization(
             gates_p95,
             resampled,
             resampled_p95,
+            groups,
             draws=len(gate_values),
             mean=float(gate_values.mean()),
             maximum=float(gate_values.max()),
@@ -170,16 +170,16 @@ def specialization(
 def _against_step0(value: float, step0: GroupCounts, resampled: Floats | None, weights: Floats | None) -> Reference:
     start = float(nmi(step0.by_domain()))
     again = None if weights is None else _resampled(step0.counts[None], step0, weights)[:, 0]
-    return _reference(value, start, resampled, again)
+    return _reference(value, start, resampled, again, smallest_stratum(step0.domains))
 
 
 def _reference(
-    value: float, reference: float, resampled: Floats | None, resampled_reference: Floats | None, **null: Any
+    value: float, reference: float, resampled: Floats | None, again: Floats | None, groups: int, **null: Any
 ) -> Reference:
     margin = value - reference
-    if resampled is None or resampled_reference is None:
+    if resampled is None or again is None:
         return Reference(reference, margin, None, False, **null)
-    interval = centred_interval(margin, resampled - resampled_reference)
+    interval = centred_interval(margin, resampled - again, groups)
     return Reference(reference, margin, interval, interval.low > 0, **null)
 
 

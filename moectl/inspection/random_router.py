@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moectl.moe.router import Router, stable_topk
+from moectl.moe.router import Router, at_least_float32, stable_topk
 from moectl.moe.types import RouterOutput
 
 _CHUNK = 4_000_000  # logits of one piece: 16 MB in float32
@@ -49,7 +49,10 @@ class RandomGates:
 
     @torch.no_grad()
     def update(self, x_TD: Tensor, group_T: Tensor, mask_T: Tensor | None = None) -> None:
-        """Count the choices of all gates on the router's own input, one call of the layer at a time."""
+        """Count the choices of all gates on the router's own input, one call of the layer at a time.
+
+        Scored in float32 at the least and without autocast, as a router does.
+        """
         if self._plain is None:
             self._plain = self._is_plain_topk(x_TD, mask_T)
         if not self._plain:
@@ -59,9 +62,8 @@ class RandomGates:
         if mask_T is not None:
             x_TD, group_T = x_TD[mask_T], group_T[mask_T]
         draws, piece = len(self.routers), max(1, _CHUNK // (len(self.routers) * self.num_experts))
-        weight = self.weight_RED.reshape(-1, x_TD.shape[-1]).to(x_TD.dtype).T
         for x_tD, group_t in zip(x_TD.split(piece), group_T.split(piece), strict=True):
-            scores = (x_tD @ weight).reshape(-1, draws, self.num_experts)
+            scores = _scores(x_tD, self.weight_RED.flatten(0, 1)).reshape(-1, draws, self.num_experts)
             experts = scores.argmax(-1, keepdim=True) if self.top_k == 1 else scores.topk(self.top_k, dim=-1).indices
             self._count(None, experts, group_t)
 
@@ -76,10 +78,16 @@ class RandomGates:
     def _is_plain_topk(self, x_TD: Tensor, mask_T: Tensor | None) -> bool:
         router = self.routers[0]
         out = router(x_TD, mask_T)
-        plain = stable_topk(x_TD @ self.weight_RED[0].to(x_TD.dtype).T, self.top_k)
+        plain = stable_topk(_scores(x_TD, self.weight_RED[0]), self.top_k)
         expected = plain if mask_T is None else plain.masked_fill(~mask_T[:, None], UNUSED)
         actual = chosen_experts(out)
         return actual.shape == expected.shape and torch.equal(actual.sort(-1).values, expected.sort(-1).values)
+
+
+def _scores(x_TD: Tensor, weight: Tensor) -> Tensor:
+    x_TD = at_least_float32(x_TD)
+    with torch.autocast(device_type=x_TD.device.type, enabled=False):
+        return x_TD @ weight.to(x_TD.dtype).T
 
 
 def chosen_experts(out: RouterOutput) -> Tensor:

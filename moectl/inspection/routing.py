@@ -44,13 +44,11 @@ class LoadReport:
         counts: ``[E]`` kept assignments.
         tokens: how many tokens.
         entropy: mean entropy of the clean router distribution, nats; uniform is ln E.
-        dropped: assignments lost to capacity; evaluation is dropless.
     """
 
     counts: NDArray[np.int64]
     tokens: int
     entropy: float
-    dropped: int = 0
 
     @property
     def shares(self) -> list[float]:
@@ -83,7 +81,6 @@ class LoadReport:
             "dead_experts": self.dead_experts,
             "effective_experts": stats.effective_experts(self._counts),
             "entropy": self.entropy,
-            "dropped": self.dropped,
         }
 
     @property
@@ -247,6 +244,8 @@ def _load(layer: LayerTrace, counts: NDArray[np.int64], tokens_T: Tensor) -> Loa
 
 def _notes(groups: dict[str, int], settings: InspectSettings, has_step0: bool) -> list[str]:
     notes = []
+    if len(groups) < 2:
+        notes.append("One domain: there is nothing to specialise on; the NMI is 0 by definition.")
     few = [f"{name} ({size})" for name, size in groups.items() if size < 10]
     if few:
         notes.append(

@@ -1,7 +1,8 @@
 """Did specialisation emerge? The one question that needs several seeds.
 
-"Emerged" means above all three references, with an interval, over at least three seeds.
-From fewer, only what was measured is said.
+"Emerged" means, over at least three seeds: the whole 95 % t interval of the margin over the
+strongest reference lies above zero, and every seed's own run is above all three references (its
+interval by group included). From fewer seeds only what was measured is said.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class LayerVerdict:
         values: NMI of each seed.
         margins: NMI minus the strongest of the three references, for each seed.
         mean, interval: of the margins; 95 % t interval over seeds, None from one seed.
-        emerged: whether at least three seeds say so; None when there are fewer, or no value at step 0.
+        above_all: how many seeds' own runs are above all three references.
+        emerged: whether at least three seeds say so; None when that cannot be said.
+        unknown: why it cannot: one domain, too few seeds, or no value at step 0; else None.
     """
 
     layer: int
@@ -36,7 +39,9 @@ class LayerVerdict:
     margins: tuple[float, ...]
     mean: float
     interval: Interval | None
+    above_all: int
     emerged: bool | None
+    unknown: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """Stable keys for JSON."""
@@ -47,7 +52,9 @@ class LayerVerdict:
             "margin_mean": self.mean,
             "margin_interval": None if self.interval is None else list(self.interval),
             "seeds": len(self.values),
+            "seeds_above_all": self.above_all,
             "emerged": self.emerged,
+            "unknown": self.unknown,
         }
 
 
@@ -64,16 +71,33 @@ def over_seeds(reports: Sequence[RoutingReport]) -> list[LayerVerdict]:
         raise ConfigError(
             "the runs have their MoE layers in different places", "Compare runs of one configuration and several seeds."
         )
-    return [_verdict(layer, [run[layer] for run in by_run]) for layer in sorted(by_run[0])]
+    domains = len(reports[0].domain_names)
+    return [_verdict(layer, [run[layer] for run in by_run], domains) for layer in sorted(by_run[0])]
 
 
-def _verdict(layer: int, seeds: Sequence[Specialization]) -> LayerVerdict:
+def _verdict(layer: int, seeds: Sequence[Specialization], domains: int) -> LayerVerdict:
     margins = tuple(nmi.value - nmi.references[nmi.strongest].value for nmi in seeds)
     spread = mean_interval(margins)
     known = spread.low is not None and spread.high is not None
     interval = Interval(spread.low, spread.high) if known else None  # type: ignore[arg-type]
-    enough = len(seeds) >= MINIMUM_SEEDS and all(nmi.step0 is not None for nmi in seeds)
-    emerged = enough and interval is not None and interval.low > 0
+    above_all = sum(nmi.exceeds_all for nmi in seeds)
+    unknown = _unknown(seeds, domains)
+    emerged = interval is not None and interval.low > 0 and above_all == len(seeds)
     return LayerVerdict(
-        layer, tuple(nmi.value for nmi in seeds), margins, spread.mean, interval, emerged if enough else None
+        layer=layer,
+        values=tuple(nmi.value for nmi in seeds),
+        margins=margins,
+        mean=spread.mean,
+        interval=interval,
+        above_all=above_all,
+        emerged=emerged if unknown is None else None,
+        unknown=unknown,
     )
+
+
+def _unknown(seeds: Sequence[Specialization], domains: int) -> str | None:
+    if domains < 2:
+        return "one domain"
+    if len(seeds) < MINIMUM_SEEDS:
+        return f"not from {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+    return "no step 0" if any(nmi.step0 is None for nmi in seeds) else None

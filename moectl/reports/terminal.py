@@ -53,6 +53,11 @@ def routing_report(report: RoutingReport) -> RenderableType:
     return Group(*parts)
 
 
+def notes_of(reports: Sequence[RoutingReport]) -> RenderableType:
+    """What limits the numbers of several runs, each note once."""
+    return Group(*(Text(f"- {note}") for note in dict.fromkeys(note for report in reports for note in report.notes)))
+
+
 def balance_table(report: RoutingReport) -> RenderableType:
     """Load statistics of each layer, the worst balanced first; each number beside its reference."""
     view = _table(
@@ -63,7 +68,6 @@ def balance_table(report: RoutingReport) -> RenderableType:
             "load\nCV",
             "max, %\n(1/E)",
             "entropy\n(ln E)",
-            "dropped",
             "dead\nexperts",
         ],
     )
@@ -74,7 +78,6 @@ def balance_table(report: RoutingReport) -> RenderableType:
             f"{layer.load.load_cv:.3f}",
             f"{100 * layer.load.max_share:.1f} ({100 / layer.num_experts:.1f})",
             f"{layer.load.entropy:.3f} ({math.log(layer.num_experts):.3f})",
-            f"{layer.load.dropped:,}",
             _dead(layer.load),
         )
     view.caption = (
@@ -151,26 +154,30 @@ def verdict_table(verdicts: Sequence[LayerVerdict], seeds: Sequence[int]) -> Ren
     """Each layer over several seeds: NMI minus the strongest of its three references."""
     view = _table(
         "Specialisation over seeds: NMI minus its strongest reference",
-        ["layer", *(f"seed {seed}" for seed in seeds), "mean", "95 %", "emerged"],
+        ["layer", *(f"seed {seed}" for seed in seeds), "mean", "95 %", "seeds above\nall three", "emerged"],
     )
     for verdict in verdicts:
-        said = {None: f"not from {len(verdict.values)} seeds", True: "yes", False: "no"}[verdict.emerged]
+        said = verdict.unknown or ("yes" if verdict.emerged else "no")
         view.add_row(
             str(verdict.layer),
             *(f"{margin:+.3f}" for margin in verdict.margins),
             f"{verdict.mean:+.3f}",
             _interval(verdict.interval, sign=True),
+            f"{verdict.above_all} of {len(verdict.values)}",
             said,
         )
     view.caption = (
-        "References: shuffled domains and random gates (95th percentiles), step 0. Emerged: the whole 95 % t "
-        f"interval, over at least {MINIMUM_SEEDS} seeds, lies above zero."
+        "References: shuffled domains and random gates (95th percentiles), step 0. Emerged: over at least "
+        f"{MINIMUM_SEEDS} seeds the whole 95 % t interval lies above zero, and every seed's own run is above all "
+        "three references."
     )
     return view
 
 
 def what_one_run_says(report: RoutingReport) -> list[str]:
-    """What the numbers of one run allow, and no more."""
+    """What the numbers of one run allow, and no more; nothing for one domain, where the NMI says nothing."""
+    if len(report.domain_names) < 2:
+        return []
     lines = [
         f"Layer {layer.layer}: NMI {layer.nmi.value:.3f} is {_sentence(layer.nmi)}." for layer in report.by_depth()
     ]

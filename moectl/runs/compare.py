@@ -15,7 +15,7 @@ from typing import Any
 
 from moectl.errors import ConfigError, MoectlError
 from moectl.runs.files import dumps
-from moectl.runs.intervals import Interval, mean_interval, welch_interval
+from moectl.runs.intervals import MeanInterval, mean_interval, welch_interval
 from moectl.runs.rundir import RunDir
 from moectl.runs.subject import LM_LOSS, Point, Subject
 
@@ -27,7 +27,7 @@ class Configuration:
     label: str
     runs: list[str]
     seeds: list[int | None]
-    loss: Interval
+    loss: MeanInterval
     domains: dict[str, float]
 
 
@@ -41,7 +41,7 @@ class Verdict:
 
     baseline: str
     other: str
-    difference: Interval
+    difference: MeanInterval
     method: str
     seeds: list[int]
     better: str | None
@@ -180,7 +180,7 @@ def _verdict(
         common = []
     else:
         one, two = (ours[common[0]], theirs[common[0]]) if common else (fmean(ours.values()), fmean(theirs.values()))
-        difference, method = Interval(1, two - one, None, None), "one seed"
+        difference, method = MeanInterval(1, two - one, None, None), "one seed"
     better: str | None = None
     measured = f"{other.label} − {baseline.label} = {_signed(difference)}"
     if mismatches:
@@ -258,7 +258,7 @@ def _notes(subjects: Sequence[Subject], at: Point | None, configurations: Sequen
     return notes
 
 
-def _signed(interval: Interval) -> str:
+def _signed(interval: MeanInterval) -> str:
     if interval.low is None or interval.high is None:
         return f"{interval.mean:+.4f} nats"
     return f"{interval.mean:+.4f} nats (95 % interval {interval.low:+.4f} to {interval.high:+.4f})"

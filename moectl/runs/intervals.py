@@ -16,7 +16,7 @@ _T95 = (
 _Z95 = 1.959963985
 
 
-class Interval(NamedTuple):
+class MeanInterval(NamedTuple):
     """A mean of ``n`` values; ``low`` and ``high`` are None for fewer than two."""
 
     n: int
@@ -45,18 +45,18 @@ def t95(degrees: float) -> float:
     return z + first / (4 * whole) + second / (96 * whole**2) + third / (384 * whole**3)
 
 
-def mean_interval(values: Sequence[float]) -> Interval:
+def mean_interval(values: Sequence[float]) -> MeanInterval:
     """The mean and its 95 % interval. Raises ``ValueError`` for no values."""
     if not values:
         raise ValueError("a mean needs at least one value")
     mean, n = fmean(values), len(values)
     if n < 2 or not all(map(math.isfinite, values)):
-        return Interval(n, mean, None, None)
+        return MeanInterval(n, mean, None, None)
     half = t95(n - 1) * stdev(values) / math.sqrt(n)
-    return Interval(n, mean, mean - half, mean + half)
+    return MeanInterval(n, mean, mean - half, mean + half)
 
 
-def welch_interval(one: Sequence[float], other: Sequence[float]) -> Interval:
+def welch_interval(one: Sequence[float], other: Sequence[float]) -> MeanInterval:
     """Mean of ``other`` minus mean of ``one``, unpaired, with unequal variances (Welch 1947).
 
     ``n`` is the smaller number of values; both need two.
@@ -64,10 +64,10 @@ def welch_interval(one: Sequence[float], other: Sequence[float]) -> Interval:
     difference = fmean(other) - fmean(one)
     n = min(len(one), len(other))
     if n < 2 or not all(map(math.isfinite, (*one, *other))):
-        return Interval(n, difference, None, None)
+        return MeanInterval(n, difference, None, None)
     a, b = variance(one) / len(one), variance(other) / len(other)
     if a + b == 0:
-        return Interval(n, difference, difference, difference)
+        return MeanInterval(n, difference, difference, difference)
     degrees = (a + b) ** 2 / (a**2 / (len(one) - 1) + b**2 / (len(other) - 1))
     half = t95(max(1.0, degrees)) * math.sqrt(a + b)
-    return Interval(n, difference, difference - half, difference + half)
+    return MeanInterval(n, difference, difference - half, difference + half)

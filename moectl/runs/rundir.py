@@ -11,13 +11,13 @@
     checkpoints/   step-XXXXXXXX/
     .lock          held by the one process that writes
 
-Every text that goes in passes the secret masks first (``runs.secrets``).
+What goes into run.json and events.jsonl passes the secret masks first (``runs.secrets``). config.yaml is
+never masked, for a changed one could not be resumed: a configuration that holds a secret is refused.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -39,10 +39,10 @@ from moectl.runs.files import (
     write_atomic,
 )
 from moectl.runs.lock import FileLock
-from moectl.runs.secrets import mask_text, mask_value
+from moectl.runs.secrets import mask_value, secret_in
+from moectl.runs.settings import parse_config
 
 STATUSES = ("running", "finished", "interrupted", "collapsed", "failed", "lost")
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class MetricRow(NamedTuple):
@@ -77,15 +77,23 @@ class RunDir:
         """A new run folder, its lock held: ``status`` running, ``created`` now, then ``record``.
 
         Raises:
-            ConfigError: the id is not usable, the run exists, or another process writes it (exit 2).
+            ConfigError: the id is not usable, the configuration holds a secret, the run exists, or another
+                process writes it (exit 2).
             MoectlError: the place cannot be written (exit 1).
         """
-        if not _ID.fullmatch(id):
+        try:
+            paths.check_name(id)
+        except ValueError:
+            rule = f"{paths.NAME_RULE[0].upper()}{paths.NAME_RULE[1:]}."
+            raise ConfigError(f"'{id}' is not a usable run name", rule) from None
+        folder = (paths.runs_dir() if runs_dir is None else runs_dir) / id
+        key = secret_in(parse_config(config_yaml, folder / "config.yaml"))
+        if key is not None:
             raise ConfigError(
-                f"'{id}' is not a usable run name",
-                "Letters, digits, '.', '_' and '-', at most 100, starting with a letter or digit.",
+                f"the configuration holds a secret at '{key}', and a run's configuration is written down",
+                "A secret does not belong in a config; pass it through the environment.",
             )
-        folder = paths.ensure((paths.runs_dir() if runs_dir is None else runs_dir) / id)
+        paths.ensure(folder)
         run = cls(folder).acquire()
         try:
             if (folder / "run.json").exists():
@@ -96,7 +104,7 @@ class RunDir:
             with explained(f"create the run folder {id}"):
                 run.checkpoints.mkdir(exist_ok=True)
                 (folder / "routing").mkdir(exist_ok=True)
-            write_atomic(folder / "config.yaml", mask_text(config_yaml))
+            write_atomic(folder / "config.yaml", config_yaml)
             # run.json comes last: a folder that has one is complete.
             base = {"id": id, "name": id, "status": "running", "created": now(), "generation": 0}
             run.update(**{**base, **record, "id": id})

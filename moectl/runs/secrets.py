@@ -1,9 +1,10 @@
-"""Nothing secret is written down: what looks like a key or a password is masked first.
+"""Nothing secret is written down, and nothing true is changed.
 
-Three nets: names (``--api-key X``, ``HF_TOKEN=X``), shapes (``hf_...``, ``sk-...``, credentials in
-a URL, private keys), and the very values of secret-looking environment variables, wherever they
-turn up. Masking too much is the safe side; the word *tokens*, which this field is full of, is
-not secret, and neither is a tokenizer.
+Free text (a patch, a message, a command) is masked generously: assignments to secret-looking names
+(``runs.secret_names``), the shapes of tokens, credentials in URLs and headers, and the very values of
+secret-looking environment variables. A tree (a record) is masked by its keys and by the whole shape of
+a token only; what a run is found and resumed by stays. A configuration is never masked: one that would
+have to be is refused (``secret_in``).
 """
 
 from __future__ import annotations
@@ -13,48 +14,48 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from moectl.runs.secret_names import is_secret_value, looks_secret, secret_field
+
+__all__ = ["MASK", "environment_secrets", "looks_secret", "mask_command", "mask_text", "mask_value", "secret_in"]
+
 MASK = "***"
 
-_SECRET_WORDS = frozenset({
-    "token", "secret", "secrets", "password", "passwd", "passphrase", "pwd", "apikey", "accesskey", "secretkey",
-    "privatekey", "credential", "credentials", "auth", "authorization", "bearer", "cookie", "webhook",
-})  # fmt: skip
-_SHAPES = re.compile(
-    r"""
-      \bhf_[A-Za-z0-9]{8,}                              # Hugging Face
-    | \bsk-[A-Za-z0-9_-]{8,}                            # OpenAI, Anthropic, and others in their shape
-    | \bgh[pousr]_[A-Za-z0-9]{16,} | \bgithub_pat_\w{16,} | \bglpat-[\w-]{16,}
+_DISTINCT = r"""
+      \bgh[pousr]_[A-Za-z0-9]{16,} | \bgithub_pat_\w{16,} | \bglpat-[\w-]{16,}
     | \b(?:AKIA|ASIA)[0-9A-Z]{16}\b                     # AWS key ids
     | \bAIza[\w-]{30,} | \bya29\.[\w-]{16,}             # Google
-    | \bxox[abeprs]-[\w-]{8,} | \bnpm_\w{20,} | \bpypi-[\w-]{16,}
+    | \bxox[abeprs]-(?=[\w-]*\d)[\w-]{16,} | \bnpm_\w{36,} | \bpypi-(?=[\w-]*\d)[\w-]{40,}
     | \beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*              # JSON web tokens
-    | (?<=earer[ ])[\w.~+/=-]{8,}                       # an authorization header
+"""
+# Names of people's folders and runs (hf_poems2024, sk-learn-moe1) are no tokens. Those of Hugging Face have 34
+# characters; those of OpenAI, Anthropic and others a long run of letters and digits somewhere.
+_WHOLE_TOKEN = re.compile(
+    rf"{_DISTINCT} | \bhf_[A-Za-z0-9]{{30,}} | \bsk-[\w-]*?(?=[A-Za-z]*\d)[A-Za-z0-9]{{20,}}[\w-]*", re.VERBOSE
+)
+_LIKELY_TOKEN = re.compile(
+    rf"""{_DISTINCT} | \bhf_[A-Za-z0-9]{{16,}} | \bsk-[\w-]*?(?=[A-Za-z]*\d)[A-Za-z0-9]{{16,}}[\w-]*
+    | \bxox[abeprs]-[\w-]{{8,}} | \bnpm_\w{{20,}} | \bpypi-[\w-]{{16,}}
+    | (?<=earer[ ])[\w.~+/=-]{{8,}}                     # an authorization header
     """,
     re.VERBOSE,
 )
 _PRIVATE_KEY = re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----).*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
-_URL_CREDENTIALS = re.compile(r"(?<=://)[^\s/@\"'<>]+(?=@)")
-_NAME = r"[\"']?\b[\w.-]*(?:passw(?:or)?d|passphrase|secret|api[_-]?key|access[_-]?key|auth[_-]?token)[\w-]*[\"']?"
-_ASSIGNED = re.compile(rf"({_NAME}\s*(?::\s*\w+\s*)?[:=]\s*)(\"[^\"\n]+\"|'[^'\n]+'|[^\s\"',;)}}\]]+)", re.IGNORECASE)
-_TOKEN_LITERAL = re.compile(
-    r"(\b[\w.-]*token[\"']?\s*(?::\s*\w+\s*)?[:=]\s*[\"'])([\w./+=-]{8,})(?=[\"'])", re.IGNORECASE
+# user:password may hold a slash; host:port/path@x is no password.
+_URL_CREDENTIALS = re.compile(r"(?<=://)(?:[^\s/@\"'<>]+|[^\s/@:\"'<>]*:(?!\d{1,5}/)[^\s\"'<>]*)(?=@)")
+_HEADER = re.compile(
+    r"(\bauthorization\\?[\"']?[ \t]*[:=][ \t]*\\?[\"']?(?:\w+[ \t]+)?)([\w.~+/=-]{8,})", re.IGNORECASE
 )
-_TOKEN_VARIABLE = re.compile(r"(\b[A-Z0-9_]*TOKEN\s*[:=]\s*)([\w./+=-]{8,})")
+# curl -u user:password; docker run -u 1000:1000 is none.
+_USER = re.compile(r"((?<![\w-])(?:-u|--user)(?:[ \t]+|=)[\"']?[^\s:\"'$/]+:)(?!\d{1,5}(?!\S)|[$*/])([^\s\"']+)")
+_OPTION = re.compile(r"(?<![\w-])(--[A-Za-z][\w-]*+)([ \t]+|[\"'],[ \t]*[\"'])([^\s\"'`-][^\s\"'`]{7,})")
+_NAMED = re.compile(r"(?<![\w.-])([\w.-]++)\\?[\"']?\]?[ \t]*(?:[=!]=|:=|=>|[:=])[ \t]*")
+_TYPED = re.compile(r"[\w\[\], |.]{1,60}?[ \t]*=[ \t]*(?=[rbfuRBFU]{0,2}[\"'])")
+_QUOTED = re.compile(r"[rbfuRBFU]{0,2}(\"\"\"|'''|\\\"|\\'|\"|')((?:(?!\1)(?:\\[^\n]|[^\n]))*)")
+_BARE = re.compile(r"[^\s\"'`,;)}\]]+")
 
-
-def looks_secret(name: str) -> bool:
-    """Whether an option's, variable's or key's name promises a secret: ``--hf-token``, ``API_KEY``.
-
-    >>> [looks_secret(name) for name in ("--api-key", "HF_TOKEN", "--tokens", "--balance-tokens", "tokenizer")]
-    [True, True, False, False, False]
-    """
-    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z0-9]+", name)]
-    return bool(words) and (words[-1] == "key" or not _SECRET_WORDS.isdisjoint(words))
-
-
-def _secret_field(name: str) -> bool:
-    # Our own records hold keys that are no secret (run_key): a bare "key" says too little there.
-    return looks_secret(name) and name != "run_key"
+# Where a record says what people wrote, and where it says what the run is.
+_FREE_TEXT = frozenset({"message", "exit_reason", "problem"})
+_IDENTITY = frozenset({"id", "name", "folder", "run_key", "config_hash", "sha256"})
 
 
 def environment_secrets(environment: Mapping[str, str] | None = None) -> list[str]:
@@ -75,41 +76,115 @@ def mask_text(text: str, secrets: Iterable[str] | None = None) -> str:
         text = text.replace(value, MASK)
     text = _PRIVATE_KEY.sub(rf"\1{MASK}\2", text)
     text = _URL_CREDENTIALS.sub(MASK, text)
-    text = _SHAPES.sub(MASK, text)
-    text = _ASSIGNED.sub(rf"\1{MASK}", text)
-    text = _TOKEN_LITERAL.sub(rf"\1{MASK}", text)
-    return _TOKEN_VARIABLE.sub(rf"\1{MASK}", text)
+    text = _LIKELY_TOKEN.sub(MASK, text)
+    text = _HEADER.sub(rf"\1{MASK}", text)
+    text = _USER.sub(rf"\1{MASK}", text)
+    text = _OPTION.sub(_masked_option, text)
+    return _mask_assignments(text)
+
+
+def _masked_option(match: re.Match[str]) -> str:
+    option, space, value = match.groups()
+    secret = looks_secret(option) and re.search(r"\d", value)
+    return f"{option}{space}{MASK}" if secret else match[0]
+
+
+def _mask_assignments(text: str) -> str:
+    """Mask VALUE in every ``NAME = VALUE``, ``NAME: VALUE`` and ``NAME: type = VALUE`` whose name promises a secret."""
+    parts: list[str] = []
+    done = 0
+    for named in _NAMED.finditer(text):
+        name, begin = named[1], named.end()
+        if named.start() < done or not secret_field(name):
+            continue
+        typed = _TYPED.match(text, begin)
+        begin = begin if typed is None else typed.end()
+        quoted = _QUOTED.match(text, begin)
+        bare = None if quoted else _BARE.match(text, begin)
+        if quoted and is_secret_value(name, quoted[2], quoted=True):
+            first, last = quoted.span(2)
+        elif bare and is_secret_value(name, bare[0], quoted=False):
+            first, last = bare.span()
+        else:
+            continue
+        parts += [text[done:first], MASK]
+        done = last
+    return "".join([*parts, text[done:]])
+
+
+def _mask_whole(text: str, secrets: Sequence[str]) -> str:
+    """``text`` without the values of the environment, credentials in URLs, and tokens of full length."""
+    for value in secrets:
+        text = text.replace(value, MASK)
+    text = _PRIVATE_KEY.sub(rf"\1{MASK}\2", text)
+    return _WHOLE_TOKEN.sub(MASK, _URL_CREDENTIALS.sub(MASK, text))
 
 
 def mask_value(value: Any, secrets: Sequence[str] | None = None) -> Any:
-    """``value`` with every string in it masked, and whole values under secret-looking keys."""
+    """A record's ``value`` with strings under secret-looking keys, and tokens anywhere, masked.
+
+    Never a number or a bool, and never what identifies the run (``id``, ``name``, ``folder``, hashes).
+    Messages are masked as free text.
+    """
     known = environment_secrets() if secrets is None else secrets
     if isinstance(value, str):
-        return mask_text(value, known)
+        return _mask_whole(value, known)
     if isinstance(value, Mapping):
-        return {
-            key: MASK if isinstance(item, str) and item and _secret_field(str(key)) else mask_value(item, known)
-            for key, item in value.items()
-        }
+        return {key: _mask_field(str(key), item, known) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [mask_value(item, known) for item in value]
     return value
 
 
+def _mask_field(key: str, value: Any, known: Sequence[str]) -> Any:
+    if isinstance(value, str) and key in _IDENTITY:
+        return value
+    if isinstance(value, str) and value and secret_field(key):
+        return MASK
+    if isinstance(value, str) and key in _FREE_TEXT:
+        return mask_text(value, known)
+    return mask_value(value, known)
+
+
+def secret_in(config: Any, secrets: Sequence[str] | None = None, *, prefix: str = "") -> str | None:
+    """The dotted key of the first string in a configuration that would have to be masked; None where there is none."""
+    known = environment_secrets() if secrets is None else secrets
+    if isinstance(config, str):
+        return prefix if _mask_whole(config, known) != config else None
+    if isinstance(config, (list, tuple)):
+        found = (secret_in(item, known, prefix=f"{prefix}[{index}]") for index, item in enumerate(config))
+        return next((key for key in found if key), None)
+    if not isinstance(config, Mapping):
+        return None
+    # The keys of `data.sources` are domains that the user named, not options.
+    domains = prefix.rpartition(".")[2] == "sources"
+    for key, item in config.items():
+        dotted = f"{prefix}.{key}" if prefix else str(key)
+        if key in ("id", "name"):
+            continue
+        if isinstance(item, str) and item and not domains and secret_field(str(key)):
+            return dotted
+        inside = secret_in(item, known, prefix=dotted)
+        if inside:
+            return inside
+    return None
+
+
 def mask_command(arguments: Sequence[str]) -> list[str]:
-    """A command line with the values of secret-looking options masked, ``--set a.api_key=X`` too."""
+    """A command line with the values of secret-looking options masked, ``--set a.api_key=X`` and ``--set=...`` too."""
     known = environment_secrets()
     masked: list[str] = []
     hide_next = False
     for argument in arguments:
-        name, equals, value = argument.partition("=")
         if hide_next and not argument.startswith("--"):
             masked.append(MASK)
             hide_next = False
             continue
+        glued = "--set=" if argument.startswith("--set=") else ""
+        name, equals, value = argument.removeprefix(glued).partition("=")
         hide_next = argument.startswith("-") and not equals and looks_secret(argument)
-        if equals and value and looks_secret(name.rsplit(".", 1)[-1]):
-            masked.append(f"{name}={MASK}")
+        if equals and value and looks_secret(name):
+            masked.append(f"{glued}{name}={MASK}")
         else:
-            masked.append(mask_text(argument, known))
+            masked.append(glued + mask_text(argument.removeprefix(glued), known))
     return masked

@@ -142,7 +142,7 @@ class Registry:
         return rows, end
 
     def sync(self, runs_dir: Path) -> None:
-        """Index what is new or changed in ``runs_dir`` and forget what is gone; cheap when nothing is."""
+        """Index what is new or changed in ``runs_dir``, forget what is gone or unreadable; cheap when nothing is."""
         with self._session() as session:
             known = {
                 id: (signature, end)
@@ -173,6 +173,10 @@ class Registry:
             raise
         except MoectlError as error:
             self.warnings.append(error.message)
+            with self._session() as session:
+                known = session.scalar(select(Run.id).where(Run.id == folder.name)) is not None
+            if known:  # what the folder no longer says, the index does not say either
+                self.remove(folder.name)
             return None
 
     def remove(self, id: str) -> bool:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from moectl.runs.rundir import MetricRow, RunDir
+from moectl.runs.rundir import RunDir
+from moectl.runs.settings import read_config
 
 LM_LOSS = "eval/lm_loss"
+PART = "eval_part/"  # read from some blocks of the split only: another number
 _EVALUATED_AT_END = ("finished", "collapsed", "failed")  # an interrupted run is only saved
 # What may differ between two runs of one configuration.
 _NOT_CONFIGURATION = frozenset({
@@ -33,7 +35,8 @@ class Subject:
 
     Attributes:
         run: the folder.
-        losses: ``eval/lm_loss`` and ``eval/<domain>/lm_loss`` of every evaluation that has the first.
+        losses: ``eval/lm_loss`` and ``eval/<domain>/lm_loss`` of every evaluation that has the first, those
+            of a part of the split (``eval_part/...``) under the same names, at points that say so.
         tokens_per_step: None before the first logged step.
         logged_tokens: of the last line logged.
     """
@@ -48,28 +51,21 @@ class Subject:
         subject = cls(run, {}, None)
         per_step: float | None = None
         logged = 0
-        evaluations: list[MetricRow] = []
         for row in run.metrics():
             logged = max(logged, row.tokens)
             if row.step > 0:
                 per_step = row.tokens / row.step
-            if LM_LOSS in row.values:
-                evaluations.append(row)
-        for number, row in enumerate(evaluations, start=1):
-            point = subject._point(row, last=number == len(evaluations))
-            subject.losses[point] = _lm_losses(row.values)
+            for point, prefix in ((Point(row.tokens, True, WHOLE), "eval/"), (subject._part(row.tokens), PART)):
+                if f"{prefix}lm_loss" in row.values:
+                    subject.losses[point] = _lm_losses(row.values, prefix)
         tokens = run.record.get("tokens")
         if isinstance(tokens, int) and LM_LOSS in run.final and run.status in _EVALUATED_AT_END:
-            subject.losses.setdefault(Point(tokens, True, WHOLE), {}).update(_lm_losses(run.final))
+            subject.losses.setdefault(Point(tokens, True, WHOLE), {}).update(_lm_losses(run.final, "eval/"))
         return cls(run, subject.losses, per_step, logged)
 
-    def _point(self, row: MetricRow, *, last: bool) -> Point:
-        """Periodic evaluations may read some blocks only; the one that ends a run reads the whole split."""
-        bound = self.config.get("eval.max_blocks")
-        ending = last and self.run.status in _EVALUATED_AT_END and row.step == self.run.record.get("step")
-        if bound is None or ending:
-            return Point(row.tokens, True, WHOLE)
-        return Point(row.tokens, False, f"{bound} blocks of the held-out split")
+    def _part(self, tokens: int) -> Point:
+        """The point of an evaluation that read ``eval.max_blocks`` blocks."""
+        return Point(tokens, False, f"{self.config.get('eval.max_blocks')} blocks of the held-out split")
 
     @property
     def id(self) -> str:
@@ -105,20 +101,13 @@ class Subject:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.yaml as dotted keys; empty when it cannot be read."""
-        import yaml
-
-        try:
-            tree = yaml.safe_load((self.run.path / "config.yaml").read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
-            return {}
-        return dict(_flatten(tree)) if isinstance(tree, dict) else {}
+        """config.yaml as dotted keys. Raises ``MoectlError`` when it cannot be read."""
+        return dict(_flatten(read_config(self.run.path)))
 
     @property
     def configuration(self) -> dict[str, Any]:
         """What makes two runs seeds of the same thing."""
-        chosen = {key: value for key, value in self.config.items() if key not in _NOT_CONFIGURATION}
-        return chosen or {"kind": self.kind, "parameters": self.run.record.get("parameters")}
+        return {key: value for key, value in self.config.items() if key not in _NOT_CONFIGURATION}
 
     @property
     def conditions(self) -> dict[str, str]:
@@ -135,8 +124,9 @@ class Subject:
         }
 
 
-def _lm_losses(values: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in values.items() if name.startswith("eval/") and name.endswith("lm_loss")}
+def _lm_losses(values: Mapping[str, float], prefix: str) -> dict[str, float]:
+    found = {name: value for name, value in values.items() if name.startswith(prefix) and name.endswith("lm_loss")}
+    return {f"eval/{name.removeprefix(prefix)}": value for name, value in found.items()}
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

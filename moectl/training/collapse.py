@@ -36,10 +36,8 @@ class Finding:
         verb = "takes" if self.kind == "dominance" else "gets only"
         state = "collapsed" if self.collapsed else "warning"
         unit = "tokens" if self.kind == "dominance" else "assignments"
-        return (
-            f"layer {self.layer} {state}: expert {self.expert} {verb} {self.share:.1%} of {unit}"
-            f" ({self.in_a_row} checks in a row)"
-        )
+        row = "1 check" if self.in_a_row == 1 else f"{self.in_a_row} checks in a row"
+        return f"layer {self.layer} {state}: expert {self.expert} {verb} {self.share:.1%} of {unit} ({row})"
 
 
 class CollapseDetector:

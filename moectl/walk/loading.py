@@ -11,6 +11,7 @@ from moectl.models.config import DecoderConfig
 from moectl.models.decoder import Decoder
 from moectl.runs.find import find_run
 from moectl.runs.rundir import RunDir
+from moectl.runs.settings import broken_config, read_config
 from moectl.training.state import (
     Checkpoint,
     checkpoint_steps,
@@ -87,10 +88,19 @@ def run_record(folder: Path) -> dict[str, Any]:
 
 
 def run_config(folder: Path) -> ExperimentConfig:
-    """The resolved configuration that a run was made with."""
-    import yaml
+    """The resolved configuration that a run was made with.
 
-    return ExperimentConfig.model_validate(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    Raises:
+        MoectlError: config.yaml is missing, broken, or describes no experiment (exit 1), naming its path.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return ExperimentConfig.model_validate(read_config(folder))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise broken_config(folder / "config.yaml", f"{key}: {first['msg']}" if key else first["msg"]) from None
 
 
 def _checkpoint(root: Path, step: int | None) -> tuple[Checkpoint, list[str]]:

@@ -8,7 +8,7 @@ import torch
 
 from moectl.config.schema import ExperimentConfig, MoEConfig
 from moectl.corpus.manifest import Manifest
-from moectl.errors import CheckError, ConfigError, NotFoundError, did_you_mean
+from moectl.errors import ConfigError, NotFoundError, did_you_mean
 from moectl.models.config import SIZES, decoder_config
 from moectl.models.decoder import Decoder
 from moectl.models.upcycle import upcycle_decoder
@@ -78,13 +78,12 @@ def _trained_base(config: ExperimentConfig, manifest: Manifest) -> tuple[Decoder
         raise ConfigError(
             f"unknown base '{config.model.base}': neither a size ({', '.join(SIZES)}) nor a run", hint
         ) from error
-    tokenizer = Manifest.load(loaded.data).tokenizer.sha256
-    if tokenizer != manifest.tokenizer.sha256:
-        raise CheckError(
-            f"the base '{loaded.folder.name}' was trained with another tokenizer than dataset {manifest.id}",
-            f"Train on the base's own data (--data {loaded.data.name}), or prepare with its tokenizer:"
-            f" moectl prepare --tokenizer {loaded.data}",
-        )
+    manifest.check_tokenizer(
+        Manifest.load(loaded.data).tokenizer.sha256,
+        f"the base '{loaded.folder.name}'",
+        f"Train on the base's own data (--data {loaded.data.name}), or prepare with its tokenizer:"
+        f" moectl prepare --tokenizer {loaded.data}",
+    )
     return loaded.model.train(), {
         "kind": "run",
         "id": loaded.folder.name,

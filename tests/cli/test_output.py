@@ -109,6 +109,16 @@ def test_piped_table_is_neither_wrapped_nor_cut(capsys: Capture) -> None:
     assert all("\x1b" not in line for line in lines)
 
 
+def test_a_title_longer_than_its_table_stays_one_line(capsys: Capture) -> None:
+    title, caption = "a rather long title over a narrow table", "and a caption that is no shorter than that"
+    out().table(title, ("a",), [("b",)], caption=caption)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == title and lines[-1] == caption
+    code = f"from moectl.cli.output import out\nout().table({title!r}, ('a',), [('b',)], caption={caption!r})"
+    seen = on_a_terminal(code)
+    assert f"\x1b[1m{title}" in seen and caption in seen
+
+
 def test_numbers_stand_on_the_right(capsys: Capture) -> None:
     out().table(None, ("tokens",), [(7,), (123456,), (None,)])
     lines = [line for line in capsys.readouterr().out.splitlines() if "─" not in line]

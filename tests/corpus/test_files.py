@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import resource
 import time
 from pathlib import Path
@@ -76,6 +78,47 @@ def test_an_empty_file(tmp_path: Path, content: bytes) -> None:
 )
 def test_a_broken_line_is_named(tmp_path: Path, line: str, fragment: str) -> None:
     refused(lines(tmp_path / "a.jsonl", '{"text": "good"}', "", line), fragment, "line 3")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"text": "cut', "(Unterminated string starting at column 10)"),
+        ('{"text": "a\tb"}', "(Invalid control character at column 12)"),
+        ('{"text": "\\x"}', "(Invalid \\escape at column 11)"),
+        ('{"text": }', "(Expecting value at column 10)"),
+    ],
+)
+def test_what_json_says_reads_well(tmp_path: Path, line: str, reason: str) -> None:
+    refused(lines(tmp_path / "a.jsonl", line), reason)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.txt"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    for read in (read_text_file, lambda path: list(read_records(path))):
+        with pytest.raises(MoectlError, match=f"{name} is not a regular file") as caught:
+            read(tmp_path / name)
+        assert caught.value.exit_code == 1 and caught.value.hint
+    with pytest.raises(MoectlError, match=f"{name} is not a regular file"):
+        list(read_text_files(tmp_path))
+
+
+def test_a_device_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").symlink_to("/dev/zero")
+    refused(tmp_path / "a.jsonl", "not a regular file")
+
+
+def test_binary_without_a_zero_byte_is_not_called_latin1(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(random.Random(0).randbytes(4000).replace(b"\0", b"\1"))
+    with pytest.raises(MoectlError, match="invalid UTF-8 at byte offset .*looks binary") as caught:
+        read_text_file(tmp_path / "a.bin")
+    assert caught.value.hint is not None and "latin1" not in caught.value.hint
+    french = "Déjà l'été s'achève, et la forêt a perdu ses feuilles à cause du vent.\n" * 50
+    (tmp_path / "a.txt").write_bytes(french.encode("latin1"))
+    with pytest.raises(MoectlError, match="byte offset 1 of the file$") as caught:
+        read_text_file(tmp_path / "a.txt")
+    assert caught.value.hint is not None and "iconv -f latin1" in caught.value.hint
 
 
 def test_invalid_utf8_is_named_by_its_offset_in_the_file(tmp_path: Path) -> None:

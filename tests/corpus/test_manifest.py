@@ -8,7 +8,7 @@ import pytest
 
 from moectl.config.schema import DataConfig
 from moectl.corpus.loader import PackedDataset
-from moectl.corpus.manifest import ARRAYS, SPLITS, Manifest, verify
+from moectl.corpus.manifest import ARRAYS, SPLITS, Manifest, hash_file, verify
 from moectl.corpus.prepare import prepare
 from moectl.errors import CheckError, NotFoundError
 
@@ -90,12 +90,9 @@ def test_the_content_hash_knows_nothing_of_time(folder: Path) -> None:
 
 
 def test_a_tokenizer_that_is_not_the_datasets(folder: Path, config: Callable[..., DataConfig]) -> None:
-    dataset = PackedDataset.open(folder)
-    dataset.check_tokenizer(folder)
-    dataset.check_tokenizer(folder / "tokenizer.json")
-    other = prepare(config(tokenizer="bpe:290")).folder
-    with pytest.raises(CheckError, match="is not the one that dataset") as caught:
-        dataset.check_tokenizer(other)
-    assert caught.value.exit_code == 3
-    with pytest.raises(NotFoundError, match="no tokenizer"):
-        dataset.check_tokenizer(folder / "train")
+    manifest = Manifest.load(folder)
+    manifest.check_tokenizer(hash_file(folder / "tokenizer.json"), "the base 'x'", "Take another.")
+    other = prepare(config(tokenizer="bpe:290")).manifest
+    with pytest.raises(CheckError, match=f"the base 'x' is not the one that dataset {manifest.id}") as caught:
+        manifest.check_tokenizer(other.tokenizer.sha256, "the base 'x'", "Take another.")
+    assert (caught.value.exit_code, caught.value.hint) == (3, "Take another.")

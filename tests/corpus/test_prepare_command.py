@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,14 @@ def test_bad_files(run: Run, tmp_path: Path, name: str, content: bytes, code: in
     assert (found, out) == (code, "")
     assert fragment in err and str(tmp_path / name if "too few" not in fragment else "code") in err
     assert " hint: " in err and "Traceback" not in err
+
+
+def test_a_pipe_in_a_source_folder_does_not_hang(run: Run, source: Path) -> None:
+    (source / "code.jsonl").unlink()
+    os.mkfifo(source / "code.jsonl")
+    code, out, err = run()
+    assert (code, out) == (1, "")
+    assert f"{source / 'code.jsonl'} is not a regular file" in err
 
 
 def test_an_edited_dataset_ends_in_3(run: Run, home: Path) -> None:

@@ -30,6 +30,13 @@ def test_under_ten_groups_are_refused() -> None:
     assert caught.value.hint is not None and "group" in caught.value.hint
 
 
+def test_one_text_is_not_one_texts() -> None:
+    with pytest.raises(MoectlError, match=r"has 1 group \(1 text\), too few"):
+        split([domain("code", [("a", "g")])], seed=0)
+    with pytest.raises(MoectlError, match=r"has 1 group \(2 texts\)"):
+        split([domain("code", [("a", "g"), ("b", "g")])], seed=0)
+
+
 def test_groups_are_drawn_by_seed_and_name_not_by_order() -> None:
     names = [f"g{n}" for n in range(100)]
     assert eval_groups("code", names, 0) == eval_groups("code", reversed(names), 0)

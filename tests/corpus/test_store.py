@@ -10,10 +10,10 @@ import pytest
 
 from moectl import paths
 from moectl.config.schema import DataConfig
-from moectl.corpus.manifest import Manifest
+from moectl.corpus.manifest import verify
 from moectl.corpus.prepare import prepare
 from moectl.corpus.store import dataset_ids, find_dataset, publish
-from moectl.errors import MoectlError, NotFoundError
+from moectl.errors import CheckError, ConfigError, MoectlError, NotFoundError
 
 
 def test_nothing_there_yet() -> None:
@@ -29,8 +29,9 @@ def test_by_id_prefix_path_and_newest(config: Callable[..., DataConfig], tmp_pat
     second = prepare(config(seed=1)).folder
     assert dataset_ids() == sorted([first.name, second.name])
     assert find_dataset() == second
-    Manifest.load(first).model_copy(update={"created": "9999"}).save(first)
-    assert find_dataset() == first
+    assert not prepare(config()).created
+    assert find_dataset() == first, "the newest is what was prepared last, though it was there before"
+    verify(first)
     assert find_dataset(first.name) == find_dataset(first.name[:6]) == find_dataset(first) == first
     assert find_dataset(first / "manifest.json") == first
     with pytest.raises(NotFoundError, match="not a prepared dataset"):
@@ -41,12 +42,27 @@ def test_by_id_prefix_path_and_newest(config: Callable[..., DataConfig], tmp_pat
     assert caught.value.hint is not None and f"Did you mean '{first.name}'?" in caught.value.hint
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "train/tokens.npy"])
+def test_the_newest_whole_one_is_taken(config: Callable[..., DataConfig], name: str) -> None:
+    first = prepare(config()).folder
+    second = prepare(config(seed=1)).folder
+    path = second / name
+    path.write_bytes(path.read_bytes()[:-40] + b"x" * 40)
+    assert find_dataset() == first
+    assert find_dataset(second.name) == second, "by name it is found, and its damage told when it is opened"
+    (first / "documents.jsonl").unlink()
+    with pytest.raises(CheckError, match=f"{first.name}.*documents|{second.name} was changed") as caught:
+        find_dataset()
+    assert caught.value.exit_code == 3 and caught.value.hint
+
+
 def test_an_ambiguous_prefix(config: Callable[..., DataConfig]) -> None:
     first = prepare(config()).folder
     twin = first.with_name(first.name[:-1] + ("0" if first.name[-1] != "0" else "1"))
     shutil.copytree(first, twin)
-    with pytest.raises(NotFoundError, match="fits several") as caught:
+    with pytest.raises(ConfigError, match="fits several") as caught:
         find_dataset(first.name[:5])
+    assert caught.value.exit_code == 2
     assert caught.value.hint is not None and first.name in caught.value.hint and twin.name in caught.value.hint
 
 

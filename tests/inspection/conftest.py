@@ -24,10 +24,20 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> PackedDataset:
     """Two domains with words of their own; two held-out groups each."""
-    source = write_corpus(tmp_path_factory.mktemp("texts"))
-    config = DataConfig(domains=("fish", "sums"), source=str(source), tokenizer="bpe:300", block_size=16)
+    return _prepared(tmp_path_factory, "fish", "sums")
+
+
+@pytest.fixture(scope="session")
+def one_domain(tmp_path_factory: pytest.TempPathFactory, dataset: PackedDataset) -> PackedDataset:
+    """The first of the two domains alone, in the same tokens."""
+    return _prepared(tmp_path_factory, "fish", tokenizer=str(dataset.folder))
+
+
+def _prepared(factory: pytest.TempPathFactory, *domains: str, tokenizer: str = "bpe:300") -> PackedDataset:
+    source = write_corpus(factory.mktemp("texts"))
+    config = DataConfig(domains=domains, source=str(source), tokenizer=tokenizer, block_size=16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOECTL_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("MOECTL_HOME", str(factory.mktemp("home")))
         folder = prepare(config).folder
     return PackedDataset.open(folder)
 

@@ -141,8 +141,14 @@ def test_three_seeds_get_a_verdict(moectl: Moectl, tmp_path: Path) -> None:
     for verdict in document["verdict"]:
         assert verdict["emerged"] in (True, False)
         assert verdict["margin_interval"][0] <= verdict["margin_mean"] <= verdict["margin_interval"][1]
+        own = [layer for run in document["runs"] for layer in run["layers"] if layer["layer"] == verdict["layer"]]
+        assert verdict["seeds_above_all"] == sum(layer["nmi"]["exceeds_all"] for layer in own)
     said = moectl("inspect", "routing", "s0", "s1", "s2", "--figure", str(tmp_path / "seeds.svg"))
     assert "over seeds" in said.out and (tmp_path / "seeds.svg").exists()
+    assert " of 3" in said.out and "above all three" in " ".join(said.out.split())
+    table, _, below = said.out.partition("over seeds")
+    assert "Fewer than 10 held-out groups" in below, "the runs' notes stand under the verdict"
+    assert below.count("Fewer than 10") == 1 and "Fewer than 10" not in table
 
 
 def test_two_seeds_get_numbers_and_no_verdict(moectl: Moectl) -> None:
@@ -167,6 +173,21 @@ def test_without_the_checkpoint_of_step_0(moectl: Moectl, trained: Path) -> None
         shutil.rmtree(folder)
     assert all(layer["nmi"]["step0"] is None and not layer["nmi"]["exceeds_all"] for layer in document["layers"])
     assert "step 0 is not known" in said.out
+
+
+def test_seeds_without_the_checkpoint_of_step_0_say_so(moectl: Moectl, trained: Path) -> None:
+    start = trained / "runs" / "s1" / "checkpoints" / "step-00000000"
+    away = trained / "away"
+    start.rename(away)
+    try:
+        said = moectl("inspect", "routing", "s0", "s1", "s2")
+        document = moectl("inspect", "routing", "s0", "s1", "s2", "--json").json()
+    finally:
+        away.rename(start)
+    below = said.out.partition("over seeds")[2]
+    assert "no step 0" in below and "not from" not in below
+    assert "There is no checkpoint of step 0" in below
+    assert [(v["emerged"], v["unknown"]) for v in document["verdict"]] == [(None, "no step 0")] * 2
 
 
 @pytest.mark.parametrize(

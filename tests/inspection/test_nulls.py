@@ -7,7 +7,7 @@ import pytest
 
 from moectl.inspection.nulls import specialization
 from moectl.inspection.specialization import GroupCounts, nmi, normalized_mutual_information
-from moectl.resampling import centred_interval, group_weights
+from moectl.resampling import centred_interval, group_weights, smallest_stratum
 
 DOMAINS = np.arange(30) % 3
 
@@ -96,7 +96,7 @@ def test_resampled_margins_equal_resampling_groups_by_hand() -> None:
         tables = [GroupCounts(c.counts[chosen], DOMAINS[chosen], 3).by_domain() for c in (observed, start)]
         margins.append(float(nmi(tables[0]) - nmi(tables[1])))
     assert found.step0 is not None and found.step0.interval is not None
-    assert found.step0.interval == pytest.approx(centred_interval(found.step0.margin, np.array(margins)), abs=1e-12)
+    assert found.step0.interval == pytest.approx(centred_interval(found.step0.margin, np.array(margins), 10), abs=1e-12)
 
 
 def test_pieces_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,13 +111,53 @@ def test_bootstrap_keeps_each_domains_number_of_groups() -> None:
     assert weights.mean(0) == pytest.approx(np.ones(5), abs=0.15)
 
 
-def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    """Means of groups: with 30 groups the bootstrap interval covers in roughly 95 % of repetitions."""
+@pytest.mark.parametrize(("size", "without"), [(4, 0.80), (8, 0.89)])
+def test_interval_covers_the_truth_as_often_as_it_says(size: int, without: float) -> None:
+    """Means of few groups; the plain quantiles of the bootstrap cover in 80 and 89 % of repetitions."""
     rng = np.random.default_rng(0)
-    covered = 0
-    for seed in range(200):
-        groups = rng.normal(3.0, 1.0, 30)
-        weights = group_weights(np.zeros(30, dtype=np.int64), 300, seed)
-        low, high = centred_interval(groups.mean(), weights @ groups / 30)
+    repetitions, covered, unwidened = 2000, 0, 0
+    strata = np.zeros(size, dtype=np.int64)
+    for seed in range(repetitions):
+        groups = rng.normal(3.0, 1.0, size)
+        samples = group_weights(strata, 1000, seed) @ groups / size
+        low, high = centred_interval(groups.mean(), samples, size)
         covered += low <= 3.0 <= high
-    assert 0.88 <= covered / 200 <= 0.99
+        plain = groups.mean() + np.quantile(samples, (0.025, 0.975)) - samples.mean()
+        unwidened += plain[0] <= 3.0 <= plain[1]
+    assert 0.93 <= covered / repetitions <= 0.965
+    assert unwidened / repetitions == pytest.approx(without, abs=0.02)
+
+
+def test_the_nmi_of_eight_groups_a_domain_is_covered_too() -> None:
+    """The whole path; the truth is the NMI of 400 times as many groups."""
+    labels = np.arange(24) % 3
+
+    def population(rng: np.random.Generator, copies: int) -> GroupCounts:
+        domains = np.tile(labels, copies)
+        rows = []
+        for domain in domains:
+            shares = 0.7 * rng.dirichlet(np.full(6, 20.0)) + 0.3 * np.eye(6)[domain]
+            rows.append(rng.multinomial(400, shares))
+        return GroupCounts(np.array(rows), domains, 3)
+
+    truth = float(nmi(population(np.random.default_rng(99), 400).by_domain()))
+    rng = np.random.default_rng(0)
+    covered, repetitions = 0, 300
+    for seed in range(repetitions):
+        found = specialization(population(rng, 1), np.ones((1, 24, 6), np.int64), None, permutations=1, seed=seed)
+        assert found.interval is not None
+        covered += found.interval.low <= truth <= found.interval.high
+    assert covered / repetitions >= 0.93
+
+
+def test_the_smallest_domain_sets_the_width() -> None:
+    assert smallest_stratum(np.array([0, 0, 0, 2, 2])) == 2
+    assert smallest_stratum(np.array([], dtype=np.int64)) == 0
+    samples = np.random.default_rng(0).normal(size=1000)
+    two, eight, many = (np.diff(centred_interval(0.0, samples, groups))[0] for groups in (2, 8, 10_000))
+    plain = np.diff(np.quantile(samples, (0.025, 0.975)))[0]
+    assert two / plain == pytest.approx(12.7062 / 1.959964 * 2**0.5, rel=1e-4)
+    assert eight / plain == pytest.approx(2.3646 / 1.959964 * (8 / 7) ** 0.5, rel=1e-4)
+    assert many / plain == pytest.approx(1.0, rel=1e-3)
+    with pytest.raises(ValueError, match="at least two groups"):
+        centred_interval(0.0, samples, 1)

@@ -79,6 +79,20 @@ def test_counts_equal_calling_every_gate(router: Router, plain: bool, masked: bo
     assert gates.counts.sum() > 0
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_gates_score_in_float32_as_routers_do(dtype: torch.dtype, autocast: bool) -> None:
+    """Scores rounded to bfloat16 would change the choice of a few tokens in a hundred."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3000, 12, generator=generator).to(dtype)
+    groups = torch.randint(0, 4, (3000,), generator=generator)
+    gates = RandomGates(named("top2"), draws=5, num_groups=4, seed=1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        gates.update(x, groups)
+    assert gates._plain is True
+    assert torch.equal(gates.counts, counts_one_by_one(gates, [(x, groups, None)]))
+
+
 def test_many_tokens_go_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     x, groups = torch.randn(100, 12), torch.arange(100) % 5
     whole, pieces = (RandomGates(named("top1"), draws=3, num_groups=5, seed=0) for _ in range(2))

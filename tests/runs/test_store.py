@@ -206,6 +206,24 @@ def test_a_broken_run_does_not_hide_the_others(registry: Registry, make_run: Mak
         assert any(name in warning for warning in registry.warnings)
 
 
+def test_sync_and_reindex_agree_about_a_run_that_has_broken(registry: Registry, make_run: MakeRun) -> None:
+    make_run("a")
+    broken = make_run("b")
+    registry.sync(paths.runs_dir())
+    whole = (broken.path / "run.json").read_text()
+    (broken.path / "run.json").write_text("{")
+    for bring_up in (registry.sync, registry.reindex):
+        registry.warnings.clear()
+        bring_up(paths.runs_dir())
+        assert [entry.id for entry in registry.list_runs(paths.runs_dir())] == ["a"]
+        assert registry.metrics("b", "eval/lm_loss") == []
+        assert any("b/run.json" in warning for warning in registry.warnings)
+    (broken.path / "run.json").write_text(whole)
+    registry.sync(paths.runs_dir())
+    assert {entry.id for entry in registry.list_runs(paths.runs_dir())} == {"a", "b"}
+    assert len(registry.metrics("b", "eval/lm_loss")) == 3
+
+
 def test_get_and_filters(registry: Registry, make_run: MakeRun) -> None:
     make_run("moe-1")
     make_run("dense-1", router=None, status="failed")

@@ -173,6 +173,17 @@ def test_upcycling_a_dense_run_starts_as_that_run(place: Path, moectl: Moectl) -
     assert (record["base"]["kind"], record["base"]["id"]) == ("run", "parent")
 
 
+def test_a_base_with_another_tokenizer_is_refused(place: Path, moectl: Moectl, whole: str) -> None:
+    source = ("--source", "texts", "--domains", "fish,sums", "--block-size", "16")
+    other = json.loads(moectl("prepare", *source, "--tokenizer", "bpe:290", "--json").stdout)["id"]
+    nulls = [f"--set=model.{key}=null" for key in _shape_keys()]
+    refused = moectl("train", "quick.yaml", "--base", whole, "--data", other, *nulls)
+    assert refused.returncode == 3, refused.stderr
+    assert f"the tokenizer of the base '{whole}' is not the one that dataset {other}" in refused.stderr
+    own = json.loads((place / f"home/runs/{whole}/run.json").read_text(encoding="utf-8"))["data"]["id"]
+    assert f"--data {own}" in refused.stderr and "moectl prepare --tokenizer" in refused.stderr
+
+
 def _shape_keys() -> list[str]:
     return ["num_layers", "hidden_size", "intermediate_size", "num_heads", "head_dim"]
 

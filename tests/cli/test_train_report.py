@@ -1,0 +1,29 @@
+"""What ``moectl train`` says when a run has ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moectl.cli.train import _report
+from moectl.walk.train import RunOutcome
+
+
+def outcome(**metrics: float) -> RunOutcome:
+    return RunOutcome("run-a", Path("run-a"), "interrupted", "SIGINT", 7, 700, metrics)
+
+
+def test_a_run_that_was_never_evaluated_has_no_table(capsys: pytest.CaptureFixture[str]) -> None:
+    _report(outcome(**{"train/lm_loss": 3.0}))
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "run-a: interrupted at step 7" in said.err and "next: moectl train --resume run-a" in said.err
+
+
+def test_an_evaluated_one_has(capsys: pytest.CaptureFixture[str]) -> None:
+    _report(outcome(**{"eval/lm_loss": 3.0, "eval/perplexity": 20.1, "eval/math/lm_loss": 2.5}))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "run-a · held-out language-model loss"
+    rows = [line.split() for line in lines[3:]]
+    assert rows == [["all", "3", "20.1", "–"], ["math", "2.5", "–", "–"]]
