@@ -8,7 +8,7 @@ One whole optimizer step of the demo's models (size tiny; 8 experts in layers 1,
 All models take turns in every round; a ratio is tokens per second over those of the dense model with
 the same active FLOPs in the same round, the median over rounds, with quartiles. ``top2`` visits two
 experts per token, so its partner is a dense model with MLPs twice as wide in those layers.
-``top2, F/2`` is the quickstart's: two experts of half the dense MLP's neurons.
+``top4 of 16, F/4`` is the quickstart's: four experts of a quarter of the dense MLP's neurons each.
 ``loop`` is the same model on the readable reference backend, one expert after the other in Python.
 
 Preliminary: a virtual machine with two shared cores of an Intel Xeon (AVX-512) and other work on them,
@@ -90,11 +90,17 @@ class TrainingStep:
 def build(shape: DecoderConfig, work: Workload, num_experts: int, seed: int) -> dict[str, TrainingStep]:
     """Every model from the same seed."""
 
-    def step(router: str | None, backend: str = "grouped", size: int | None = None) -> TrainingStep:
+    def step(
+        router: str | None,
+        backend: str = "grouped",
+        size: int | None = None,
+        experts: int = num_experts,
+        **options: Any,
+    ) -> TrainingStep:
         torch.manual_seed(seed)
         moe = router and MoEConfig(
-            router={"name": router},
-            num_experts=num_experts,
+            router={"name": router, **options},
+            num_experts=experts,
             expert_intermediate_size=size,
             layers=MOE_LAYERS,
             backend=backend,
@@ -110,7 +116,7 @@ def build(shape: DecoderConfig, work: Workload, num_experts: int, seed: int) -> 
         "top1": step("top1"),
         "switch": step("switch"),
         "top2": step("top2"),
-        "top2, F/2": step("top2", size=shape.intermediate_size // 2),
+        "top4 of 16, F/4": step("topk", size=shape.intermediate_size // 4, top_k=4, experts=2 * num_experts),
         "top1, loop": step("top1", backend="loop"),
     }
 

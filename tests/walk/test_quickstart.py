@@ -24,6 +24,7 @@ SETS = [
     "moe.layers=1",
     "moe.num_experts=4",
     "moe.expert_intermediate_size=12",
+    "moe.router.top_k=2",
     "optim.warmup_steps=5",
     "train.steps=40",
     "train.threads=1",
@@ -119,7 +120,7 @@ def test_the_trained_model_loads_and_generates(walked: tuple[Path, Quickstart]) 
 def test_config_yaml_of_a_run_is_its_config(walked: tuple[Path, Quickstart]) -> None:
     folder = walked[1].moe.outcome.folder
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    assert config["moe"]["router"]["name"] == "top2" and config["moe"]["router"]["noise_std"] == 0.1
+    assert config["moe"]["router"]["name"] == "topk" and config["moe"]["router"]["noise_std"] == 0.1
     assert config["train"]["steps"] == 40
 
 
