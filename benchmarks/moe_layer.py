@@ -12,27 +12,27 @@ Forward is timed without a graph, as in evaluation; forward+backward makes fresh
 of all parameters. The errors are the largest absolute ones of output and input gradient against a
 float64 loop over the experts, over the tokens whose experts are the same there ("flips" counts others).
 
-Preliminary: a virtual machine with two shared cores of an Intel Xeon (AVX-512) and other work on them,
-so process time of one thread; torch 2.13.0+cpu, transformers 5.23.0, float32, 7 rounds, --max-seconds 15.
+Two shared cores of a virtual Intel Xeon (AVX-512); torch 2.13.0+cpu, transformers 5.23.0, float32, two threads,
+wall clock, 7 rounds, --max-seconds 12.
 
 | shape | variant | forward, ms | ÷ dense | forward+backward, ms | ÷ dense | error y, ∂x | flips |
 |---|---|---|---|---|---|---|---|
-| 2048x768x3072x8x1 | dense | 186.7 | 1.00 (1.00-1.00) | 551.9 | 1.00 (1.00-1.00) |  |  |
-| 2048x768x3072x8x1 | moectl | 227.6 | 1.23 (1.15-1.26) | 688.7 | 1.26 (1.19-1.29) | 5e-07, 7e-07 | 0 |
-| 2048x768x3072x8x1 | HF eager | 208.7 | 1.13 (1.10-1.14) | 1556.7 | 2.82 (2.59-2.94) | 5e-07, 7e-07 | 0 |
-| 2048x768x3072x8x1 | HF grouped_mm | 232.6 | 1.25 (1.19-1.31) | 684.9 | 1.24 (1.15-1.35) | 5e-07, 7e-07 | 0 |
-| 2048x768x3072x8x2 | dense | 403.0 | 1.00 (1.00-1.00) | 1308.0 | 1.00 (1.00-1.00) |  |  |
-| 2048x768x3072x8x2 | moectl | 464.7 | 1.12 (1.12-1.15) | 1424.5 | 1.09 (1.09-1.10) | 6e-07, 1e-06 | 0 |
-| 2048x768x3072x8x2 | HF eager | 427.2 | 1.05 (1.05-1.06) | 2235.1 | 1.75 (1.71-1.75) | 6e-07, 1e-06 | 0 |
-| 2048x768x3072x8x2 | HF grouped_mm | 458.3 | 1.19 (1.17-1.21) | 1555.0 | 1.19 (1.18-1.21) | 6e-07, 1e-06 | 0 |
-| 1024x1024x512x64x8 | dense | 170.9 | 1.00 (1.00-1.00) | 518.0 | 1.00 (1.00-1.00) |  |  |
-| 1024x1024x512x64x8 | moectl | 248.5 | 1.46 (1.46-1.47) | 960.4 | 1.89 (1.84-1.90) | 2e-07, 4e-07 | 0 |
-| 1024x1024x512x64x8 | HF eager | 289.3 | 1.70 (1.61-1.72) | 15113.1 | 28.57 (28.21-30.02) | 2e-07, 4e-07 | 0 |
-| 1024x1024x512x64x8 | HF grouped_mm | 249.0 | 1.44 (1.42-1.48) | 931.5 | 1.81 (1.79-1.85) | 2e-07, 4e-07 | 0 |
-| 2048x768x3072x8x1:gelu | dense | 136.0 | 1.00 (1.00-1.00) | 401.7 | 1.00 (1.00-1.00) |  |  |
-| 2048x768x3072x8x1:gelu | moectl | 161.3 | 1.19 (1.18-1.20) | 516.1 | 1.31 (1.29-1.33) | 1e-06, 1e-06 | 0 |
-| 2048x768x3072x8x2:gelu | dense | 309.5 | 1.00 (1.00-1.00) | 866.2 | 1.00 (1.00-1.00) |  |  |
-| 2048x768x3072x8x2:gelu | moectl | 314.1 | 1.00 (0.98-1.03) | 1028.2 | 1.15 (1.14-1.18) | 1e-06, 2e-06 | 0 |
+| 2048x768x3072x8x1 | dense | 105.0 | 1.00 (1.00-1.00) | 344.4 | 1.00 (1.00-1.00) |  |  |
+| 2048x768x3072x8x1 | moectl | 146.1 | 1.33 (1.27-1.44) | 518.9 | 1.49 (1.46-1.52) | 5e-07, 7e-07 | 0 |
+| 2048x768x3072x8x1 | HF eager | 137.9 | 1.29 (1.27-1.35) | 997.3 | 2.84 (2.80-3.04) | 5e-07, 7e-07 | 0 |
+| 2048x768x3072x8x1 | HF grouped_mm | 139.1 | 1.25 (1.24-1.38) | 499.6 | 1.40 (1.36-1.51) | 5e-07, 7e-07 | 0 |
+| 2048x768x3072x8x2 | dense | 228.0 | 1.00 (1.00-1.00) | 724.5 | 1.00 (1.00-1.00) |  |  |
+| 2048x768x3072x8x2 | moectl | 272.7 | 1.16 (1.14-1.27) | 865.2 | 1.21 (1.19-1.24) | 6e-07, 1e-06 | 0 |
+| 2048x768x3072x8x2 | HF eager | 247.8 | 1.10 (1.08-1.13) | 1380.6 | 1.91 (1.89-1.98) | 6e-07, 1e-06 | 0 |
+| 2048x768x3072x8x2 | HF grouped_mm | 263.3 | 1.17 (1.16-1.19) | 930.8 | 1.28 (1.25-1.34) | 6e-07, 1e-06 | 0 |
+| 1024x1024x512x64x8 | dense | 98.8 | 1.00 (1.00-1.00) | 278.2 | 1.00 (1.00-1.00) |  |  |
+| 1024x1024x512x64x8 | moectl | 162.0 | 1.64 (1.50-1.69) | 638.3 | 2.32 (2.03-2.38) | 2e-07, 3e-07 | 0 |
+| 1024x1024x512x64x8 | HF eager | 176.1 | 1.70 (1.66-1.79) | 10195.2 | 36.22 (35.77-37.28) | 2e-07, 3e-07 | 0 |
+| 1024x1024x512x64x8 | HF grouped_mm | 153.7 | 1.54 (1.50-1.58) | 668.8 | 2.40 (2.20-2.74) | 2e-07, 3e-07 | 0 |
+| 2048x768x3072x8x1:gelu | dense | 72.3 | 1.00 (1.00-1.00) | 197.9 | 1.00 (1.00-1.00) |  |  |
+| 2048x768x3072x8x1:gelu | moectl | 103.3 | 1.43 (1.34-1.53) | 261.7 | 1.35 (1.30-1.37) | 1e-06, 1e-06 | 0 |
+| 2048x768x3072x8x2:gelu | dense | 135.4 | 1.00 (1.00-1.00) | 418.1 | 1.00 (1.00-1.00) |  |  |
+| 2048x768x3072x8x2:gelu | moectl | 162.2 | 1.20 (1.18-1.21) | 520.1 | 1.18 (1.14-1.28) | 1e-06, 2e-06 | 0 |
 
 Much of what is above the dense time is fresh memory: the gradient of all experts is written anew, and
 glibc maps large blocks page by page each time. Where it is told to keep freed memory

@@ -11,17 +11,17 @@ experts per token, so its partner is a dense model with MLPs twice as wide in th
 ``top4 of 16, F/4`` is the quickstart's: four experts of a quarter of the dense MLP's neurons each.
 ``loop`` is the same model on the readable reference backend, one expert after the other in Python.
 
-Preliminary: a virtual machine with two shared cores of an Intel Xeon (AVX-512) and other work on them,
-so process time of one thread; torch 2.13.0+cpu, float32, 25 rounds.
+Two shared cores of a virtual Intel Xeon (AVX-512); torch 2.13.0+cpu, float32, two threads, wall clock, 25 rounds.
 
 | model | parameters | step, ms | tokens/s | throughput ÷ dense of equal FLOPs |
 |---|---|---|---|---|
-| dense | 853,376 | 143.2 | 10,728 | 1.00 (1.00-1.00) × dense |
-| dense, 2F | 1,148,288 | 170.0 | 9,034 | 1.00 (1.00-1.00) × dense, 2F |
-| top1 | 2,920,832 | 165.6 | 9,276 | 0.87 (0.85-0.89) × dense |
-| switch | 2,920,832 | 165.9 | 9,256 | 0.87 (0.84-0.88) × dense |
-| top2 | 2,920,832 | 199.9 | 7,685 | 0.86 (0.84-0.88) × dense, 2F |
-| top1, loop | 2,920,832 | 184.2 | 8,339 | 0.78 (0.75-0.80) × dense |
+| dense | 853,376 | 97.6 | 15,733 | 1.00 (1.00-1.00) × dense |
+| dense, 2F | 1,148,288 | 116.7 | 13,157 | 1.00 (1.00-1.00) × dense, 2F |
+| top1 | 2,920,832 | 119.4 | 12,861 | 0.82 (0.80-0.83) × dense |
+| switch | 2,920,832 | 120.6 | 12,738 | 0.82 (0.80-0.85) × dense |
+| top2 | 2,920,832 | 142.7 | 10,762 | 0.82 (0.80-0.84) × dense, 2F |
+| top4 of 16, F/4 | 1,744,256 | 133.0 | 11,545 | 0.75 (0.71-0.77) × dense |
+| top1, loop | 2,920,832 | 137.1 | 11,204 | 0.71 (0.69-0.74) × dense |
 """
 
 from __future__ import annotations

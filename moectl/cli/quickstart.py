@@ -101,6 +101,6 @@ def _next(result: Quickstart) -> list[tuple[str, str]]:
     dense, moe = result.dense.outcome.id, result.moe.outcome.id
     return [
         ("every number of a run, and where it comes from", f"moectl runs show {moe}"),
-        ("another router, matched to the dense run", "moectl train quickstart --router top2"),
+        ("another seed; three make a verdict", f"moectl quickstart --seed {int(result.moe.record['seed']) + 1}"),
         ("is one better? says what may be said", f"moectl runs compare {dense} {moe}"),
     ]
