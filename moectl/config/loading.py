@@ -56,6 +56,7 @@ def load_config(
     values = _merge(values, in_file, "")
     if chosen is not None:
         values = _apply_preset(values, str(chosen))
+    _replace_router(values, given.get("moe.router.name"))
     for key, value in (*given.items(), *assigned.items()):
         _assign(values, key, value)
     _refuse_contradiction(values)
@@ -243,6 +244,14 @@ def _assign(values: Values, key: str, value: Any) -> None:
             raise ConfigError(f"{key} cannot be set: {path} is {below!r}, not a section", "Check the key.")
         place[name] = place = dict(below or {})
     place[leaf] = _section(key, deepcopy(value))
+
+
+def _replace_router(values: Values, name: Any) -> None:
+    """``--router`` with another router than the file names: the file's options were that router's, and go with it."""
+    moe = values.get("moe")
+    router = moe.get("router") if isinstance(moe, dict) else None
+    if name is not None and isinstance(moe, dict) and isinstance(router, dict) and router.get("name", name) != name:
+        values["moe"] = {**moe, "router": {"name": name}}
 
 
 def _complete_router(values: Values) -> None:

@@ -311,3 +311,15 @@ def test_shipped_pairs_are_comparable() -> None:
         for section in ("data", "model", "optim", "eval"):
             assert len({getattr(config, section).content_hash() for config in configs}) == 1
         assert len({(config.train.steps, config.train.seed, config.train.batch_size) for config in configs}) == 1
+
+
+def test_a_router_flag_brings_its_own_options(tmp_path: Path) -> None:
+    """The options in a file belong to the router that the file names; those without a name belong to any."""
+    file = tmp_path / "a.yaml"
+    file.write_text("moe: {router: {name: topk, top_k: 4, noise_std: 0.3}, num_experts: 16}\n", encoding="utf-8")
+    other = load_config(file, overrides={"moe.router.name": "top2"}).moe
+    assert other is not None and other.router == {"name": "top2"} and other.num_experts == 16
+    same = load_config(file, overrides={"moe.router.name": "topk"}).moe
+    assert same is not None and same.router == {"name": "topk", "top_k": 4, "noise_std": 0.3}
+    quiet = load_config(None, preset="no-lb", overrides={"moe.router.name": "switch"}).moe
+    assert quiet is not None and quiet.router == {"name": "switch", "noise_std": 0.0}
