@@ -20,7 +20,6 @@ __all__ = [
     "describe_router",
     "resolve_router",
     "router_class",
-    "router_config",
 ]
 
 
@@ -67,11 +66,6 @@ def router_class(name: str) -> type[Router]:
             "Subclass moectl.moe.Router and implement route().",
         )
     return cls
-
-
-def router_config(name: str, **options: Any) -> RouterConfig:
-    """A router's options, checked and complete with its defaults."""
-    return _validate(router_class(name), name, options, None)
 
 
 def resolve_router(config: ExperimentConfig) -> ExperimentConfig:

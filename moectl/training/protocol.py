@@ -10,7 +10,7 @@ from moectl.models.decoder import Decoder
 
 Status = Literal["finished", "interrupted", "collapsed", "failed"]
 #: Scores the model on held-out text: metric name to value. Pure language-model losses only. Called with the
-#: model and whether this is the final evaluation.
+#: model and whether this is the final evaluation; scores in eval mode and leaves the model as it found it.
 Evaluate = Callable[[Decoder, bool], Mapping[str, float]]
 
 

@@ -183,9 +183,7 @@ class Trainer:
     def _evaluate(self, *, final: bool) -> None:
         if self.evaluate is None:
             return
-        self.model.eval()
         values = dict(self.evaluate(self.model, final))
-        self.model.train()
         self.last |= values
         self.logger.log(self.step, self.tokens, values)
 

@@ -10,7 +10,7 @@ import torch
 from moectl.config import load_config
 from moectl.errors import ConfigError, NotFoundError
 from moectl.plugins import BUILT_IN
-from moectl.routers import RouterOptionError, build_router, describe_router, resolve_router, router_config
+from moectl.routers import RouterOptionError, build_router, describe_router, resolve_router
 
 torch.set_num_threads(1)
 CUSTOM = '''
@@ -76,7 +76,7 @@ def test_unknown_option_in_a_config_is_named_in_full() -> None:
 )
 def test_wrong_option_value(options: dict[str, object], says: str) -> None:
     with pytest.raises(RouterOptionError) as caught:
-        router_config("topk", **options)
+        build_router("topk", hidden_size=16, num_experts=4, **options)  # type: ignore[arg-type]
     assert says in caught.value.message
     assert caught.value.hint
 
