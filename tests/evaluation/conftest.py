@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moectl.config.schema import DataConfig, MoEConfig
+from moectl.config.schema import MoEConfig
 from moectl.corpus.loader import PackedDataset
-from moectl.corpus.prepare import prepare
-from moectl.models.config import DecoderConfig
 from moectl.models.decoder import Decoder
-from tests.support import write_corpus
+from tests.support import prepare_tiny, tiny_shape
 
 
 @pytest.fixture(autouse=True)
@@ -20,25 +18,12 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> PackedDataset:
-    source = write_corpus(tmp_path_factory.mktemp("texts"))
-    config = DataConfig(domains=("fish", "sums"), source=str(source), tokenizer="bpe:300", block_size=16)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOECTL_HOME", str(tmp_path_factory.mktemp("home")))
-        folder = prepare(config).folder
+    folder, _ = prepare_tiny(tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("texts"), "fish", "sums")
     return PackedDataset.open(folder)
 
 
 @pytest.fixture
 def model(dataset: PackedDataset) -> Decoder:
     torch.manual_seed(0)
-    shape = DecoderConfig(
-        vocab_size=dataset.manifest.vocab_size,
-        hidden_size=16,
-        intermediate_size=24,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=8,
-    )
     moe = MoEConfig.model_validate({"router": {"name": "top1", "noise_std": 20.0}, "num_experts": 4, "layers": "all"})
-    return Decoder(shape.with_moe(moe))
+    return Decoder(tiny_shape(dataset.manifest.vocab_size, moe))

@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from moectl.config.schema import DataConfig, MoEConfig
+from moectl.config.schema import MoEConfig
 from moectl.corpus.loader import PackedDataset
-from moectl.corpus.prepare import prepare
-from moectl.models.config import DecoderConfig
 from moectl.models.decoder import Decoder
-from tests.support import write_corpus
+from tests.support import prepare_tiny, tiny_shape
 
 
 @pytest.fixture(autouse=True)
@@ -34,11 +32,7 @@ def one_domain(tmp_path_factory: pytest.TempPathFactory, dataset: PackedDataset)
 
 
 def _prepared(factory: pytest.TempPathFactory, *domains: str, tokenizer: str = "bpe:300") -> PackedDataset:
-    source = write_corpus(factory.mktemp("texts"))
-    config = DataConfig(domains=domains, source=str(source), tokenizer=tokenizer, block_size=16)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOECTL_HOME", str(factory.mktemp("home")))
-        folder = prepare(config).folder
+    folder, _ = prepare_tiny(factory.mktemp("home"), factory.mktemp("texts"), *domains, tokenizer=tokenizer)
     return PackedDataset.open(folder)
 
 
@@ -48,16 +42,8 @@ def build(dataset: PackedDataset) -> Callable[..., Decoder]:
 
     def make(seed: int = 0, **moe: Any) -> Decoder:
         torch.manual_seed(seed)
-        shape = DecoderConfig(
-            vocab_size=dataset.manifest.vocab_size,
-            hidden_size=16,
-            intermediate_size=24,
-            num_layers=2,
-            num_heads=2,
-            num_kv_heads=1,
-            head_dim=8,
-        )
         options: dict[str, Any] = {"router": {"name": "top1"}, "num_experts": 4, "layers": "all", **moe}
-        return Decoder(shape.with_moe(MoEConfig.model_validate(options) if options["num_experts"] else None))
+        section = MoEConfig.model_validate(options) if options["num_experts"] else None
+        return Decoder(tiny_shape(dataset.manifest.vocab_size, section))
 
     return make

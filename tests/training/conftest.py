@@ -10,20 +10,14 @@ import torch
 
 from moectl.config.schema import DataConfig, ExperimentConfig
 from moectl.corpus.loader import PackedDataset
-from moectl.corpus.prepare import prepare
-from tests.support import write_corpus
+from tests.support import prepare_tiny
 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DataConfig]:
     """The home folder that holds the dataset, and its config."""
     home = tmp_path_factory.mktemp("home")
-    source = write_corpus(tmp_path_factory.mktemp("texts"))
-    config = DataConfig(domains=("fish", "sums"), source=str(source), tokenizer="bpe:300", block_size=16)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOECTL_HOME", str(home))
-        prepare(config)
-    return home, config
+    return home, prepare_tiny(home, tmp_path_factory.mktemp("texts"), "fish", "sums")[1]
 
 
 @pytest.fixture
