@@ -45,6 +45,16 @@ def dead_experts(counts_E: Tensor) -> list[int]:
     return [int(expert) for expert in (counts_E == 0).nonzero().flatten()]
 
 
+def dropped_fraction(dropped_E: Tensor, chosen_E: Tensor) -> float:
+    """Share of all assignments that capacity dropped; 0 for no assignments.
+
+    Args:
+        dropped_E: assignments lost, by the expert that the router chose.
+        chosen_E: assignments before capacity.
+    """
+    return float(dropped_E.double().sum() / chosen_E.double().sum().clamp(min=1))
+
+
 def effective_experts(counts_E: Tensor) -> float:
     """``exp`` of the entropy of the load: E when balanced, 1 when one expert takes all."""
     return float(torch.special.entr(shares(counts_E)).sum().exp()) if counts_E.sum() > 0 else 0.0

@@ -19,51 +19,20 @@ from moectl.moe.experts import BACKENDS
 from moectl.moe.losses import load_balancing_loss, router_z_loss
 from moectl.moe.router import entropy
 from moectl.routers import build_router
-from tests.moe.reference import EXPERTS, HIDDEN, INTERMEDIATE, gradients, make_experts, mixture_by_token
+from tests.moe.reference import (
+    EXPERTS,
+    HIDDEN,
+    INTERMEDIATE,
+    ROUTERS,
+    decide_in_python,
+    gradients,
+    make_experts,
+    make_layer,
+    mixture_by_token,
+    tokens,
+)
 
 FLOAT64 = 1e-12  # values of order one, a few products deep, another order of addition
-ROUTERS = ["top1", "switch", "topk", "topk-raw"]
-
-
-def make_layer(
-    router: str = "topk", experts: int = 4, k: int = 2, *, kind: str = "gated", backend: str = "grouped", seed: int = 0
-) -> MoELayer:
-    """A float64 layer without noise whose gate is large enough to be decided."""
-    name, _, raw = router.partition("-")
-    options = {"top_k": k, "norm_topk_prob": not raw} if name == "topk" else {}
-    torch.manual_seed(seed)
-    gate = build_router(name, hidden_size=HIDDEN, num_experts=experts, noise_std=0.0, **options)
-    nn.init.normal_(gate.weight)
-    return MoELayer(gate.double(), make_experts(kind, experts, seed, backend))
-
-
-def tokens(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def decide_in_python(layer: MoELayer, router: str, x_TD: Tensor, real: list[bool]) -> RouterOutput:
-    """The routing decision one token at a time, from the gate matrix and the definitions."""
-    gate, k = layer.router.weight, layer.router.top_k
-    rows, weights = [], []
-    for x in x_TD:
-        logits = [(gate[expert] * x).sum() for expert in range(gate.shape[0])]
-        order = sorted(range(len(logits)), key=lambda expert: (-logits[expert].item(), expert))[:k]
-        exps = [torch.exp(logit) for logit in logits]
-        probs = [value / sum(exps) for value in exps]
-        chosen = [probs[expert] for expert in order]
-        if router == "top1":
-            chosen = [1.0 + (p - p.detach()) for p in chosen]
-        elif router == "topk":
-            chosen = [p / sum(chosen) for p in chosen]
-        rows.append(order)
-        weights.append(torch.stack(chosen))
-    shape = (len(rows), k)
-    keep = torch.tensor(real, dtype=torch.bool)[:, None].expand(shape)
-    weight_TK = torch.stack(weights) if weights else x_TD.new_zeros(shape)
-    nothing = x_TD.new_zeros(len(rows), gate.shape[0])
-    return RouterOutput(
-        torch.tensor(rows, dtype=torch.int64).reshape(shape), weight_TK, nothing, nothing, nothing, nothing[:, 0], keep
-    )
 
 
 # --- the whole layer against the definition
@@ -239,6 +208,22 @@ def test_equal_experts_make_the_router_irrelevant() -> None:
             for parameter in layer.experts.parameters():
                 parameter.copy_(parameter[:1].expand_as(parameter).clone())
         torch.testing.assert_close(layer(x), layer.experts.one(0, x), rtol=0, atol=FLOAT64)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=12), st.sampled_from(ROUTERS), st.integers(0, 1000))
+def test_a_token_does_not_notice_the_rest_of_the_batch(stay: list[bool], router: str, seed: int) -> None:
+    """Any part of a batch, alone, gives the same rows, routes and gradients: without capacity nobody competes."""
+    layer, x = make_layer(router), tokens(len(stay), seed=seed)
+    part = torch.tensor(stay)
+    whole = layer(x)[part]
+    assert layer.routing is not None
+    routes = layer.routing.topk_indices[part]
+    torch.testing.assert_close(layer(x[part]), whole, rtol=0, atol=FLOAT64)
+    assert torch.equal(layer.routing.topk_indices, routes)
+    alone, among = x[part].clone().requires_grad_(), x.clone().requires_grad_()
+    gradient = gradients(lambda: layer(among)[part], among)[0]
+    torch.testing.assert_close(gradients(lambda: layer(alone), alone)[0], gradient[part], rtol=0, atol=10 * FLOAT64)
+    assert not gradient[~part].any()
 
 
 # --- a drop-in for an MLP

@@ -68,6 +68,12 @@ def test_effective_experts_lie_between_one_and_those_in_use(values: list[int]) -
     assert (1 if used else 0) - 1e-9 <= effective <= used + 1e-9
 
 
+def test_dropped_fraction() -> None:
+    assert stats.dropped_fraction(torch.tensor([1, 0, 2]), torch.tensor([5, 4, 3])) == pytest.approx(0.25)
+    assert stats.dropped_fraction(torch.tensor([0, 0]), torch.tensor([0, 0])) == 0.0
+    assert stats.dropped_fraction(torch.tensor([3, 1]), torch.tensor([3, 1])) == 1.0
+
+
 def test_dead_experts() -> None:
     assert stats.dead_experts(torch.tensor([3, 0, 1, 0])) == [1, 3]
     assert stats.dead_experts(torch.tensor([3, 1])) == []
