@@ -33,19 +33,25 @@ class Spread(NamedTuple):
 
 
 def measure(
-    variants: Mapping[str, Timed], *, rounds: int, clock: str = "wall", warmup: int = 2, max_seconds: float = 60.0
+    variants: Mapping[str, Timed],
+    *,
+    rounds: int,
+    clock: str = "wall",
+    warmup: int = 2,
+    max_seconds: float = 60.0,
+    min_rounds: int = 3,
 ) -> dict[str, list[float]]:
     """Seconds of each variant by round, after ``warmup`` rounds that are not kept.
 
-    A variant leaves the later rounds once it has used up ``max_seconds``, but has at least three; its
-    list is then shorter, and ratios use the rounds that it took part in.
+    A variant leaves the later rounds once it has used up ``max_seconds``, but has at least
+    ``min_rounds``; its list is then shorter, and ratios use the rounds that it took part in.
     """
     now = CLOCKS[clock]
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     spent = dict.fromkeys(variants, 0.0)
     for turn in range(warmup + rounds):
         for name, variant in variants.items():
-            if spent[name] > max_seconds and (turn < warmup - 1 or len(seconds[name]) >= 3):
+            if spent[name] > max_seconds and (turn < warmup - 1 or len(seconds[name]) >= min_rounds):
                 continue
             variant.prepare()
             started, started_wall = now(), time.perf_counter()

@@ -54,20 +54,25 @@ import transformers
 from interleaved import CLOCKS, Timed, measure, ratio, spread
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import use_experts_implementation
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from moectl.models.decoder import GatedMLP
-from moectl.moe import GatedExperts, MLPExperts, MoELayer
+from moectl.moe import Experts, GatedExperts, MLPExperts, MoELayer
 from moectl.routers import build_router
 
 SHAPES = [
-    "2048x768x3072x8x1",
-    "2048x768x3072x8x2",
-    "1024x1024x512x64x8",
     "2048x768x3072x8x1:gelu",
     "2048x768x3072x8x2:gelu",
+    "1024x1024x512x64x8",
+    "1024x2048x768x128x8",
+    "1x2048x768x128x8",
+    "8x2048x768x128x8",
 ]
+#: Hugging Face's batched_mm copies the weights of every assignment: 150 GB in the third shape.
+BATCHED_MM_BYTES = 2**32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -104,6 +109,30 @@ class GeluMLP(nn.Module):
         return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
 
 
+class TwoMatrixExperts(nn.Module):
+    """GPT-2's experts as transformers would have them: its implementations, over the parameters of ours."""
+
+    def __init__(self, config: Qwen3MoeConfig, ours: nn.Module) -> None:
+        super().__init__()
+        self.num_experts, self.act_fn = config.num_experts, ACT2FN["gelu_pytorch_tanh"]
+        for name, parameter in ours.named_parameters():
+            setattr(self, name, parameter)
+
+    def forward(self, x: Tensor, topk_indices: Tensor, topk_weights: Tensor) -> Tensor:
+        """The loop of transformers' own eager experts, without a gate."""
+        output = torch.zeros_like(x)
+        chosen = F.one_hot(topk_indices, self.num_experts).permute(2, 1, 0)
+        for expert in chosen.sum(dim=(-1, -2)).nonzero().flatten().tolist():
+            slot, token = torch.where(chosen[expert])
+            hidden = self.act_fn(F.linear(x[token], self.up_proj[expert], self.up_proj_bias[expert]))
+            result = F.linear(hidden, self.down_proj[expert], self.down_proj_bias[expert])
+            output.index_add_(0, token, (result * topk_weights[token, slot, None]).to(output.dtype))
+        return output
+
+
+two_matrix = use_experts_implementation(TwoMatrixExperts, has_bias=True, has_gate=False)
+
+
 class Variant(NamedTuple):
     """One implementation: ``call`` maps ``[T, D]`` to ``[T, D]``; ``routes`` its experts ``[T, k]``, if any."""
 
@@ -112,15 +141,14 @@ class Variant(NamedTuple):
     routes: Callable[[Tensor], Tensor] | None = None
 
 
-def moectl_variant(shape: Shape) -> Variant:
+def moectl_layer(shape: Shape, dtype: torch.dtype) -> MoELayer:
     """Our layer; a gate of unit-variance logits, so that the choice of experts is as even as chance makes it."""
-    norm = shape.top_k > 1  # with k = 1 the renormalised weight would be the constant 1
     router = build_router(
         "topk",
         hidden_size=shape.hidden,
         num_experts=shape.experts,
         top_k=shape.top_k,
-        norm_topk_prob=norm,
+        norm_topk_prob=shape.top_k > 1,  # with k = 1 the renormalised weight would be the constant 1
         noise_std=0.0,
     )
     nn.init.normal_(router.weight, std=1 / math.sqrt(shape.hidden))
@@ -128,12 +156,11 @@ def moectl_variant(shape: Shape) -> Variant:
     for name, parameter in experts.named_parameters():
         if "bias" in name:
             nn.init.normal_(parameter, std=0.02)
-    layer = MoELayer(router, experts)
-    return Variant(layer, layer, lambda x: router(x).topk_indices)
+    return MoELayer(router, experts).to(dtype)
 
 
-def huggingface_variant(shape: Shape, ours: nn.Module, implementation: str) -> Variant:
-    """Qwen3's block with the weights of our layer."""
+def huggingface_variant(shape: Shape, ours: MoELayer, implementation: str) -> Variant:
+    """Qwen3's block over the very parameters of our layer."""
     config = Qwen3MoeConfig(
         hidden_size=shape.hidden,
         moe_intermediate_size=shape.intermediate,
@@ -143,29 +170,45 @@ def huggingface_variant(shape: Shape, ours: nn.Module, implementation: str) -> V
         hidden_act="silu",
     )
     config._experts_implementation = implementation
-    block = Qwen3MoeSparseMoeBlock(config)
-    block.load_state_dict(
-        {
-            key.replace("router.", "gate."): value
-            for key, value in ours.state_dict().items()
-            if not key.startswith("router.noise")
-        }
-    )
+    with torch.device("meta"):
+        block = Qwen3MoeSparseMoeBlock(config)
+    block.gate.weight = ours.router.weight
+    if shape.gelu:
+        block.experts = two_matrix(config, ours.experts)
+    else:
+        block.experts.gate_up_proj, block.experts.down_proj = ours.experts.gate_up_proj, ours.experts.down_proj
     return Variant(block, lambda x: block(x[None])[0], lambda x: block.gate(x)[2])
 
 
 def build(shape: Shape, dtype: torch.dtype) -> dict[str, Variant]:
     """All variants of a shape; the dense one first."""
-    dense = (GeluMLP if shape.gelu else GatedMLP)(shape.hidden, shape.top_k * shape.intermediate)
-    ours = moectl_variant(shape)
-    variants = {"dense": Variant(dense, dense), "moectl": ours}
-    if not shape.gelu:
-        # Its grouped kernel takes no float64.
-        for implementation in ("eager",) if dtype == torch.float64 else ("eager", "grouped_mm"):
-            variants[f"HF {implementation}"] = huggingface_variant(shape, ours.module, implementation)
-    for variant in variants.values():
-        variant.module.to(dtype)
+    dense = (GeluMLP if shape.gelu else GatedMLP)(shape.hidden, shape.top_k * shape.intermediate).to(dtype)
+    ours = moectl_layer(shape, dtype)
+    ordinary = MoELayer(ours.router, sharing_weights(ours.experts))
+    ours.experts.accumulate_gradients_in_place()
+    variants = {"dense": Variant(dense, dense)}
+    for name, layer in (("moectl", ours), ("moectl, autograd", ordinary)):
+        variants[name] = Variant(layer, layer, lambda x: ours.router(x).topk_indices)
+    for implementation in huggingface_implementations(shape, dtype):
+        variants[f"HF {implementation}"] = huggingface_variant(shape, ours, implementation)
     return variants
+
+
+def sharing_weights(experts: Experts) -> Experts:
+    """Other experts with the very same parameters."""
+    with torch.device("meta"):
+        other = type(experts)(experts.num_experts, experts.hidden_size, experts.intermediate_size)
+    for name, parameter in experts.named_parameters():
+        setattr(other, name, parameter)
+    return other
+
+
+def huggingface_implementations(shape: Shape, dtype: torch.dtype) -> list[str]:
+    """Those that take this dtype and fit into memory."""
+    if dtype == torch.float64:
+        return ["eager"]  # its grouped kernel takes no float64
+    copied = shape.tokens * shape.top_k * 2 * shape.intermediate * shape.hidden * dtype.itemsize
+    return ["eager", *["batched_mm"] * (copied <= BATCHED_MM_BYTES), "grouped_mm"]
 
 
 class Reference(NamedTuple):
@@ -178,15 +221,13 @@ class Reference(NamedTuple):
 
 def exact(layer: MoELayer, x: Tensor, grad: Tensor) -> Reference:
     """The layer in float64, written out as a loop over experts that shares nothing with the layer's own code."""
-    weights = {name: parameter.detach().double() for name, parameter in layer.named_parameters()}
     x = x.detach().double().requires_grad_()
-    logits = x @ weights["router.weight"].T
-    chosen, routes = logits.softmax(-1).topk(layer.router.top_k, dim=-1)
+    chosen, routes = (x @ layer.router.weight.detach().double().T).softmax(-1).topk(layer.router.top_k, dim=-1)
     chosen = chosen / chosen.sum(-1, keepdim=True) if layer.router.top_k > 1 else chosen
     output = torch.zeros_like(x)
     for expert in range(layer.router.num_experts):
         token, slot = (routes == expert).nonzero(as_tuple=True)
-        own = {name.removeprefix("experts."): w[expert] for name, w in weights.items() if name.startswith("experts.")}
+        own = {name: weight[expert].detach().double() for name, weight in layer.experts.named_parameters()}
         if "gate_up_proj" in own:
             gate, up = (x[token] @ own["gate_up_proj"].T).chunk(2, dim=-1)
             result = (F.silu(gate) * up) @ own["down_proj"].T
@@ -204,10 +245,12 @@ def errors(variant: Variant, x: Tensor, grad: Tensor, reference: Reference) -> d
     same = (variant.routes(x).sort(-1).values == reference.routes.sort(-1).values).all(-1)
     x = x.detach().requires_grad_()
     output = variant.call(x)
-    (grad_x,) = torch.autograd.grad(output, x, grad)
+    output.backward(grad)
+    assert x.grad is not None
+    variant.module.zero_grad(set_to_none=True)
     return {
         "max_error_output": float((output.detach().double() - reference.output)[same].abs().max()),
-        "max_error_grad": float((grad_x.double() - reference.grad)[same].abs().max()),
+        "max_error_grad": float((x.grad.double() - reference.grad)[same].abs().max()),
         "flips": int((~same).sum()),
     }
 
@@ -247,6 +290,7 @@ def bench(shape: Shape, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     counts = reference.routes.flatten().bincount(minlength=shape.experts)
 
     options = {"rounds": arguments.rounds, "clock": arguments.clock, "max_seconds": arguments.max_seconds}
+    options |= {"min_rounds": 1, "warmup": 1}
     forward = measure({name: timed_forward(v, x) for name, v in variants.items()}, **options)
     both = measure({name: timed_forward_backward(v, x, grad) for name, v in variants.items()}, **options)
     return [
@@ -266,8 +310,8 @@ def bench(shape: Shape, arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 HEADER = """\
-| shape | variant | forward, ms | ÷ dense | forward+backward, ms | ÷ dense | error y, ∂x | flips |
-|---|---|---|---|---|---|---|---|"""
+| shape | variant | rounds | forward, ms | ÷ dense | forward+backward, ms | ÷ dense | error y, ∂x | flips |
+|---|---|---|---|---|---|---|---|---|"""
 
 
 def table_line(row: dict[str, Any]) -> str:
@@ -277,7 +321,7 @@ def table_line(row: dict[str, Any]) -> str:
     ]
     error = f"{row['max_error_output']:.0e}, {row['max_error_grad']:.0e}" if "flips" in row else ""
     return (
-        f"| {row['shape']} | {row['variant']} | {row['forward_ms']:.1f} | {ratios[0]} "
+        f"| {row['shape']} | {row['variant']} | {row['rounds']} | {row['forward_ms']:.1f} | {ratios[0]} "
         f"| {row['forward_backward_ms']:.1f} | {ratios[1]} | {error} | {row.get('flips', '')} |"
     )
 

@@ -76,9 +76,8 @@ class TrainingStep:
         loss = self.model.lm_loss_sum(ids[:, :-1], labels, docs[:, :-1]) / (labels >= 0).sum()
         routing = None
         if self.moe is not None:
-            routing = StepRouting(self.model.moe_layers(), self.moe, DOMAINS)
-            balance, z_loss = routing.losses(domains.repeat_interleave(labels.shape[1]), 1.0)
-            loss = loss + self.moe.lb_coef * balance + self.moe.z_coef * z_loss
+            routing = StepRouting(self.model.moe_layers(), self.moe, DOMAINS, tokens=labels.numel())
+            loss = loss + routing.losses(domains)[0]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()

@@ -1,25 +1,24 @@
 """Experts as stacked parameters, in the layout of Hugging Face's own MoE models.
 
-Experts hold weights and say what one expert computes; a backend decides how all of them are run:
-``loop`` is the readable reference, ``grouped`` the fast one, ``full`` runs every expert on all
-tokens (for exactness tests). They agree forward and backward; tests/moe/test_experts.py says how
-closely. Shape suffixes: T tokens, A assignments, D hidden, E experts, F expert intermediate.
+Experts hold weights and say what one expert computes; a backend decides how all of them are run.
+Shape suffixes: T tokens, N rows of one expert, D hidden, E experts, F expert intermediate.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moectl.errors import unknown
+from moectl.moe.backends import BACKENDS, register_backend
 from moectl.moe.dispatch import Dispatch
-from moectl.moe.grouped import grouped_linear, swiglu
+from moectl.moe.expert_ops import Weights
+from moectl.moe.grad_buffers import GradBuffers
 
-Backend = Callable[["Experts", Tensor, Dispatch], Tensor]
+__all__ = ["BACKENDS", "Experts", "GatedExperts", "MLPExperts", "register_backend"]
 
 
 class Experts(nn.Module, ABC):
@@ -43,18 +42,31 @@ class Experts(nn.Module, ABC):
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.backend = backend
+        self.grad_buffers: GradBuffers | None = None
+
+    #: Name of what happens between the two products, in :data:`moectl.moe.activations.ACTIVATIONS`.
+    activation: str
 
     @abstractmethod
     def one(self, expert: int, x_ND: Tensor) -> Tensor:
         """What expert ``expert`` makes of ``[N, D]``: the definition that every backend must match."""
 
     @abstractmethod
-    def grouped(self, x_AD: Tensor, counts_E: Tensor) -> Tensor:
-        """All experts on ``[A, D]`` sorted by expert, ``counts_E[e]`` rows each."""
+    def stacked(self) -> Weights:
+        """The parameters, as the ``grouped`` backend takes them."""
 
     def forward(self, x_TD: Tensor, plan: Dispatch) -> Tensor:
-        """Unweighted expert outputs ``[A, D]`` in the order of the dispatch plan."""
+        """Each token's experts, weighted and summed: ``[T, D] -> [T, D]``."""
         return BACKENDS[self.backend](self, x_TD, plan)
+
+    def accumulate_gradients_in_place(self, enabled: bool = True) -> None:
+        """Let the ``grouped`` backend write weight gradients straight into buffers that outlive the step.
+
+        Faster on a CPU (see :mod:`moectl.moe.grad_buffers`), and right for a loop of ``backward`` and
+        an optimizer. Off by default: ``torch.autograd.grad`` and wrappers such as FSDP and DDP need
+        gradients to come through autograd.
+        """
+        self.grad_buffers = GradBuffers() if enabled else None
 
     def reset_parameters(self, std: float = 0.02, down_std: float | None = None) -> None:
         for name, parameter in self.named_parameters(recurse=False):
@@ -78,6 +90,8 @@ class GatedExperts(Experts):
         down_proj: ``[E, D, F]``.
     """
 
+    activation = "swiglu"
+
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, backend: str = "grouped") -> None:
         super().__init__(num_experts, hidden_size, intermediate_size, backend)
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
@@ -89,9 +103,8 @@ class GatedExperts(Experts):
         gate_FD, up_FD = self.gate_up_proj[expert].chunk(2)
         return F.linear(F.silu(F.linear(x_ND, gate_FD)) * F.linear(x_ND, up_FD), self.down_proj[expert])
 
-    def grouped(self, x_AD: Tensor, counts_E: Tensor) -> Tensor:
-        hidden_AF = swiglu(grouped_linear(x_AD, self.gate_up_proj, counts_E))
-        return grouped_linear(hidden_AF, self.down_proj, counts_E)
+    def stacked(self) -> Weights:
+        return Weights(self.gate_up_proj, self.down_proj)
 
 
 class MLPExperts(Experts):
@@ -101,6 +114,8 @@ class MLPExperts(Experts):
         up_proj: ``[E, F, D]``; up_proj_bias: ``[E, F]``.
         down_proj: ``[E, D, F]``; down_proj_bias: ``[E, D]``.
     """
+
+    activation = "gelu_tanh"
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, backend: str = "grouped") -> None:
         super().__init__(num_experts, hidden_size, intermediate_size, backend)
@@ -114,45 +129,5 @@ class MLPExperts(Experts):
         up_NF = F.linear(x_ND, self.up_proj[expert], self.up_proj_bias[expert])
         return F.linear(F.gelu(up_NF, approximate="tanh"), self.down_proj[expert], self.down_proj_bias[expert])
 
-    def grouped(self, x_AD: Tensor, counts_E: Tensor) -> Tensor:
-        up_AF = grouped_linear(x_AD, self.up_proj, counts_E, self.up_proj_bias)
-        return grouped_linear(F.gelu(up_AF, approximate="tanh"), self.down_proj, counts_E, self.down_proj_bias)
-
-
-def run_loop(experts: Experts, x_TD: Tensor, plan: Dispatch) -> Tensor:
-    """One expert after the other on its own tokens: the reference."""
-    outputs, start = [], 0
-    for expert, count in enumerate(plan.tokens_per_expert.tolist()):
-        if count:
-            outputs.append(experts.one(expert, x_TD[plan.token_ids[start : start + count]]))
-        start += count
-    # No tokens at all: still through an expert, so that gradients are zeros (as in the other backends), not None.
-    return torch.cat(outputs) if outputs else experts.one(0, x_TD[:0])
-
-
-def run_grouped(experts: Experts, x_TD: Tensor, plan: Dispatch) -> Tensor:
-    """Gather once, then one grouped product per projection.
-
-    ``index_select``, because its backward is one ``index_add``; that of ``x[ids]`` is far slower on a CPU.
-    """
-    return experts.grouped(x_TD.index_select(0, plan.token_ids), plan.tokens_per_expert)
-
-
-def run_full(experts: Experts, x_TD: Tensor, plan: Dispatch) -> Tensor:
-    """Every expert on all tokens, then select: rounds exactly as the dense MLP it was copied from."""
-    all_ETD = torch.stack([experts.one(expert, x_TD) for expert in range(experts.num_experts)])
-    return all_ETD[plan.expert_ids, plan.token_ids]
-
-
-BACKENDS: dict[str, Backend] = {"loop": run_loop, "grouped": run_grouped, "full": run_full}
-
-
-def register_backend(name: str, backend: Backend) -> None:
-    """Make ``backend`` available as ``Experts(..., backend=name)``.
-
-    Raises:
-        ValueError: the name is taken.
-    """
-    if name in BACKENDS:
-        raise ValueError(f"an expert backend named {name!r} is registered already")
-    BACKENDS[name] = backend
+    def stacked(self) -> Weights:
+        return Weights(self.up_proj, self.down_proj, self.up_proj_bias, self.down_proj_bias)

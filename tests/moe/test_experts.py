@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from moectl.errors import MoectlError
 from moectl.moe import Experts, GatedExperts, MLPExperts, RouterOutput, register_backend
-from moectl.moe.dispatch import Dispatch, combine, dispatch
+from moectl.moe.dispatch import Dispatch, dispatch
 from moectl.moe.experts import BACKENDS
 from tests.moe.reference import (
     EXPERTS,
@@ -66,8 +66,7 @@ def test_backend_equals_the_loop_over_tokens(backend: str, case: Case, kind: str
         return by_hand(fixed.topk_indices, weights, case.num_experts, fixed.keep)
 
     def fast() -> torch.Tensor:
-        plan = dispatch(routing())
-        return combine(plan, experts(x, plan), case.num_tokens)
+        return experts(x, dispatch(routing()))
 
     def slow() -> torch.Tensor:
         return mixture_by_token(x, routing(), experts)
@@ -147,7 +146,7 @@ def test_full_backend_rounds_exactly_as_the_dense_mlp(hidden: int, intermediate:
     gate, up, down, x = (tensor.to(dtype) for tensor in (gate, up, down, torch.randn(33, hidden)))
     plan = dispatch(by_hand(torch.randint(0, 5, (33, 1)), torch.ones(33, 1), 5))
     dense = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
-    assert torch.equal(combine(plan, experts(x, plan), 33), dense)
+    assert torch.equal(experts(x, plan), dense)
 
 
 def test_backward_of_the_grouped_backend_is_exact_calculus() -> None:

@@ -1,0 +1,319 @@
+"""The expert computation as one operator: gather, two products, weighted scatter-add; and its backward.
+
+Expert by expert, on rows gathered when their turn comes, so that what one expert needs stays in the
+cache; only pre-activations are kept for the backward. The combine weight multiplies the activation and
+not the output (``w · down(a) = down(w · a)``), so that its gradient needs no output to be kept. A
+token's experts are summed in float32 or above.
+
+torch sees two opaque operators, ``moectl::experts`` and ``moectl::experts_backward``, with fake
+implementations: a compiled graph holds them whole, whatever the counts are. One host sync per call, to
+read the counts. Shape suffixes: T tokens, D hidden, E experts, F expert intermediate, H pre-activation
+columns (F, or 2F when gated), A assignments sorted by expert, N rows of one expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moectl.moe.activations import ACTIVATIONS
+from moectl.moe.parallel import shares, side_by_side
+from moectl.moe.products import outer_product, product_dtype, times, times_transposed
+from moectl.moe.router import at_least_float32
+
+
+class Weights(NamedTuple):
+    """Stacked expert weights: ``up [E, H, D]``, ``down [E, D, F]``, ``up_bias [E, H]``, ``down_bias [E, D]``.
+
+    Both biases or none.
+    """
+
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+class Plan(NamedTuple):
+    """What is read of a dispatch plan: ``token_ids [A]``, combine weights ``[A]``, ``tokens_per_expert [E]``."""
+
+    token_ids: Tensor
+    weights: Tensor
+    tokens_per_expert: Tensor
+
+    def segments(self) -> list[Segment]:
+        """The experts that have tokens, in order. Reads the counts: one host sync."""
+        counts = self.tokens_per_expert.tolist()
+        ids, weights = (tensor[: sum(counts)].split(counts) for tensor in (self.token_ids, self.weights))
+        return [Segment(e, ids[e], weights[e][:, None]) for e, count in enumerate(counts) if count]
+
+
+class Segment(NamedTuple):
+    """One expert's tokens ``[N]`` and combine weights ``[N, 1]``."""
+
+    expert: int
+    ids: Tensor
+    weights: Tensor
+
+
+class Slot(NamedTuple):
+    """Where the gradient of one stacked parameter goes, and whether it is added to what is there."""
+
+    grad: Tensor
+    add: bool
+
+    def put_outer(self, expert: int, grad_NO: Tensor, x_NI: Tensor) -> None:
+        """``gradᵀ · x``, straight into the expert's part where dtypes allow it."""
+        part = self.grad[expert]
+        if part.dtype == grad_NO.dtype:
+            outer_product(grad_NO, x_NI, out=part, add=self.add)
+        else:
+            self.put(expert, grad_NO.t() @ x_NI)
+
+    def put(self, expert: int, value: Tensor) -> None:
+        part = self.grad[expert]
+        if self.add:
+            part.add_(value.to(part.dtype))
+        else:
+            part.copy_(value)
+
+
+Slots = Mapping[str, Slot]
+
+
+def compute(x_TD: Tensor, weights: Weights, plan: Plan, activation: str, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    """``y [T, D]``, and with ``keep`` the pre-activations ``[N, H]`` of each segment, for :func:`differentiate`."""
+    segments, dtype = plan.segments(), product_dtype(x_TD, training=keep)
+
+    def run(group: list[Segment]) -> tuple[Tensor, dict[int, Tensor]]:
+        y_TD, kept = torch.zeros_like(x_TD, dtype=_exact(x_TD)), {}
+        for segment in group:
+            pre_NH = _forward(x_TD, weights, segment, activation, dtype=dtype, y_TD=y_TD)
+            if keep:
+                kept[segment.expert] = pre_NH.to(x_TD.dtype)
+        return y_TD, kept
+
+    parts = side_by_side([partial(run, group) for group in _shares(segments, weights, x_TD)])
+    y_TD, kept = _sum([part[0] for part in parts]), _merged([part[1] for part in parts])
+    return y_TD.to(x_TD.dtype), [kept[segment.expert] for segment in segments] if keep else []
+
+
+def _forward(
+    x_TD: Tensor, weights: Weights, segment: Segment, activation: str, *, dtype: torch.dtype, y_TD: Tensor
+) -> Tensor:
+    """One expert's tokens, added to ``y``; returns the pre-activation ``[N, H]``."""
+    expert, ids_N, weight_N1 = segment
+    x_ND = x_TD.index_select(0, ids_N).to(dtype)
+    pre_NH = times_transposed(x_ND, weights.up[expert].to(dtype), _part(weights.up_bias, expert, dtype))
+    hidden_NF = ACTIVATIONS[activation].forward(at_least_float32(pre_NH)).mul_(weight_N1)
+    out_ND = times_transposed(hidden_NF.to(dtype), weights.down[expert].to(dtype)).to(y_TD.dtype)
+    if weights.down_bias is not None:
+        out_ND = out_ND.addcmul_(weight_N1.to(out_ND.dtype), weights.down_bias[expert].to(out_ND.dtype))
+    y_TD.index_add_(0, ids_N, out_ND)
+    return pre_NH
+
+
+def differentiate(
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    kept: Sequence[Tensor],
+    weights: Weights,
+    plan: Plan,
+    *,
+    activation: str,
+    slots: Slots,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``x [T, D]`` and of the combine weights ``[A]``; those of the experts go into their slots."""
+    segments, grad_TD = plan.segments(), grad_TD.contiguous()
+    saved = {segment.expert: pre_NH for segment, pre_NH in zip(segments, kept, strict=True)}
+
+    def run(group: list[Segment]) -> tuple[Tensor, dict[int, Tensor]]:
+        grad_x_TD, found = torch.zeros_like(x_TD, dtype=_exact(x_TD)), {}
+        for segment in group:
+            pre_NH = saved[segment.expert]
+            found[segment.expert] = _backward(
+                grad_TD, x_TD, pre_NH, weights, segment, activation=activation, slots=slots, grad_x_TD=grad_x_TD
+            )
+        return grad_x_TD, found
+
+    parts = side_by_side([partial(run, group) for group in _shares(segments, weights, x_TD)])
+    zero_idle(plan, slots)
+    found = _merged([part[1] for part in parts])
+    grad_weights = [found[segment.expert].to(plan.weights.dtype) for segment in segments]
+    return _sum([part[0] for part in parts]).to(x_TD.dtype), _padded(grad_weights, plan.weights)
+
+
+def _backward(
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    pre_NH: Tensor,
+    weights: Weights,
+    segment: Segment,
+    *,
+    activation: str,
+    slots: Slots,
+    grad_x_TD: Tensor,
+) -> Tensor:
+    """One expert's part, added to ``grad_x`` and put into the slots; returns the combine weights' gradient ``[N]``."""
+    (expert, ids_N, weight_N1), dtype = segment, product_dtype(x_TD, training=True)
+    grad_ND = grad_TD.index_select(0, ids_N).to(dtype)
+    grad_hidden_NF = at_least_float32(times(grad_ND, weights.down[expert].to(dtype)))  # of weight · activation
+    hidden_NF, grad_pre_NH = ACTIVATIONS[activation].backward(at_least_float32(pre_NH), grad_hidden_NF * weight_N1)
+    grad_weight_N = torch.linalg.vecdot(grad_hidden_NF, hidden_NF)
+    grad_pre_NH = grad_pre_NH.to(dtype)
+    grad_x_TD.index_add_(0, ids_N, times(grad_pre_NH, weights.up[expert].to(dtype)).to(grad_x_TD.dtype))
+    if "up" in slots:
+        slots["up"].put_outer(expert, grad_pre_NH, x_TD.index_select(0, ids_N).to(dtype))
+    if "down" in slots:
+        slots["down"].put_outer(expert, grad_ND, hidden_NF.mul_(weight_N1).to(dtype))
+    if "up_bias" in slots:
+        slots["up_bias"].put(expert, at_least_float32(grad_pre_NH).sum(0))
+    if weights.down_bias is not None:
+        exact_ND = at_least_float32(grad_ND)
+        grad_weight_N += exact_ND @ weights.down_bias[expert].to(exact_ND.dtype)
+        if "down_bias" in slots:
+            slots["down_bias"].put(expert, weight_N1[:, 0].to(exact_ND.dtype) @ exact_ND)
+    return grad_weight_N
+
+
+def _shares(segments: list[Segment], weights: Weights, x_TD: Tensor) -> list[list[Segment]]:
+    """The segments of each core; all in one group off the CPU."""
+    if x_TD.device.type != "cpu":
+        return [segments]
+    per_row = weights.up[0].numel() + weights.down[0].numel()
+    # Reading and writing an expert's weights costs about as much as multiplying some tens of rows with them.
+    return shares(segments, [per_row * (segment.ids.numel() + 32.0) for segment in segments])
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    """In order, so that it rounds alike in every run."""
+    first, *others = parts
+    for other in others:
+        first.add_(other)
+    return first
+
+
+def _merged(parts: list[dict[int, Tensor]]) -> dict[int, Tensor]:
+    return {expert: tensor for part in parts for expert, tensor in part.items()}
+
+
+def _padded(parts: list[Tensor], like: Tensor) -> Tensor:
+    """The segments' rows in one tensor of the shape of ``like``; 0 in what no segment covers."""
+    covered = sum(part.shape[0] for part in parts)
+    return torch.cat([*parts, torch.zeros_like(like[covered:])])
+
+
+def zero_idle(plan: Plan, slots: Slots) -> None:
+    """Zero gradients for the experts without a token, where nothing is there to be kept."""
+    idle = [expert for expert, count in enumerate(plan.tokens_per_expert.tolist()) if count == 0]
+    for slot in slots.values():
+        for expert in idle if not slot.add else ():
+            slot.grad[expert].zero_()
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _part(stacked: Tensor | None, expert: int, dtype: torch.dtype) -> Tensor | None:
+    return None if stacked is None else stacked[expert].to(dtype)
+
+
+@torch.library.custom_op(
+    "moectl::experts",
+    mutates_args=(),
+    schema="(Tensor x, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, Tensor token_ids, Tensor weights,"
+    " Tensor tokens_per_expert, str activation, bool keep) -> (Tensor, Tensor)",
+)
+def experts_op(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    token_ids: Tensor,
+    weights: Tensor,
+    tokens_per_expert: Tensor,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """:func:`compute` as torch sees it."""
+    plan = Plan(token_ids, weights, tokens_per_expert)
+    y, kept = compute(x, Weights(up, down, up_bias, down_bias), plan, activation, keep)
+    return y, _padded(kept, x.new_empty(token_ids.numel() if keep else 0, up.shape[1]))
+
+
+@experts_op.register_fake
+def _experts_fake(x: Tensor, up: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    token_ids, keep = rest[3], rest[-1]
+    return torch.empty_like(x), x.new_empty(token_ids.shape[0] if keep else 0, up.shape[1])
+
+
+@torch.library.custom_op(
+    "moectl::experts_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor kept, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias,"
+    " Tensor token_ids, Tensor weights, Tensor tokens_per_expert, str activation, bool[] wanted)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def experts_backward_op(
+    grad: Tensor,
+    x: Tensor,
+    kept: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    token_ids: Tensor,
+    weights: Tensor,
+    tokens_per_expert: Tensor,
+    activation: str,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    """:func:`differentiate` as torch sees it: gradients of x, the combine weights, and the fields of
+    :class:`Weights`, each empty unless ``wanted``."""
+    stacked = Weights(up, down, up_bias, down_bias)
+    grads = _empty_grads(stacked, wanted)
+    slots = {name: Slot(grads[name], add=False) for name, want in zip(Weights._fields, wanted, strict=True) if want}
+    plan = Plan(token_ids, weights, tokens_per_expert)
+    sizes = [segment.ids.numel() for segment in plan.segments()]
+    parts = kept[: sum(sizes)].split(sizes) if sizes else ()
+    grad_x, grad_weights = differentiate(grad, x, parts, stacked, plan, activation=activation, slots=slots)
+    return grad_x, grad_weights, *grads.values()
+
+
+@experts_backward_op.register_fake
+def _experts_backward_fake(grad: Tensor, x: Tensor, kept: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    stacked, weights, wanted = Weights(*rest[:4]), rest[5], rest[-1]
+    return torch.empty_like(x), torch.empty_like(weights), *_empty_grads(stacked, wanted).values()
+
+
+def _empty_grads(stacked: Weights, wanted: list[bool]) -> dict[str, Tensor]:
+    """Uninitialised gradients, without elements where none is wanted."""
+    return {
+        name: torch.empty_like(tensor, memory_format=torch.contiguous_format) if want else stacked.up.new_empty(0)
+        for (name, tensor), want in zip(stacked._asdict().items(), wanted, strict=True)
+    }
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.activation, keep = inputs
+    assert keep, "a gradient was asked for, but nothing was kept for it"
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _op_backward(ctx: Any, grad: Tensor, _grad_kept: Tensor) -> tuple[Any, ...]:
+    x, up, down, up_bias, down_bias, token_ids, weights, tokens_per_expert, kept = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[1:5])
+    grad_x, grad_weights, *grads = experts_backward_op(
+        grad, x, kept, up, down, up_bias, down_bias, token_ids, weights, tokens_per_expert, ctx.activation, wanted
+    )
+    grads = [found if want else None for found, want in zip(grads, wanted, strict=True)]
+    return grad_x, *grads, None, grad_weights, None, None, None
+
+
+experts_op.register_autograd(_op_backward, setup_context=_save_for_backward)

@@ -1,0 +1,99 @@
+"""Weight gradients of experts straight into buffers that live on from step to step.
+
+An ordinary backward allocates the gradient of every expert anew. On a CPU the fresh pages cost more
+than twice what writing into known ones does, and autograd may add them to ``.grad`` in one more pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from moectl.moe.expert_ops import Plan, Slot, Weights, compute, differentiate
+
+
+class GradBuffers:
+    """One gradient buffer per stacked parameter.
+
+    A backward writes into the buffer and makes it the parameter's ``.grad`` where that is None, and
+    adds to ``.grad`` where it is not: ``zero_grad``, clipping, accumulation over micro-batches and
+    optimizers see what they always see. ``torch.autograd.grad`` sees no gradient for these
+    parameters, and hooks on them do not run: parameters with hooks take the ordinary way.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GradBuffers:
+        """A copy has its own gradients."""
+        return GradBuffers()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_buffers": {}}
+
+    def slots(self, parameters: Weights) -> dict[str, Slot]:
+        """Where the gradients of these parameters go now."""
+        found = {}
+        for name, parameter in parameters._asdict().items():
+            if parameter is None or not parameter.requires_grad:
+                continue
+            if parameter.grad is not None:
+                found[name] = Slot(parameter.grad, add=True)
+                continue
+            buffer = self._buffers.get(name)
+            if buffer is None or (buffer.shape, buffer.dtype, buffer.device) != (
+                parameter.shape,
+                parameter.dtype,
+                parameter.device,
+            ):
+                buffer = torch.empty_like(parameter, requires_grad=False, memory_format=torch.contiguous_format)
+                self._buffers[name] = buffer
+            parameter.grad = buffer
+            found[name] = Slot(buffer, add=False)
+        return found
+
+
+def takes_buffers(parameters: Weights) -> bool:
+    """Whether gradients may go past autograd: plain leaves, without hooks, not while compiling."""
+    return not torch.compiler.is_compiling() and all(
+        type(parameter) is nn.Parameter
+        and not parameter._backward_hooks
+        and not getattr(parameter, "_post_accumulate_grad_hooks", None)
+        for parameter in parameters
+        if parameter is not None
+    )
+
+
+class ComputeIntoBuffers(torch.autograd.Function):
+    """The operator of :mod:`moectl.moe.expert_ops`, its weight gradients written into :class:`GradBuffers`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: Plan, activation: str, buffers: GradBuffers, *tensors: Tensor) -> Tensor:
+        """``tensors``: the combine weights and the fields of :class:`Weights`, given one by one for autograd to see."""
+        weights_A, *parameters = tensors
+        y, kept = compute(x, Weights(*parameters), plan._replace(weights=weights_A), activation, keep=True)
+        ctx.save_for_backward(x, plan.token_ids, plan.tokens_per_expert, *tensors, *kept)
+        ctx.activation, ctx.buffers = activation, buffers
+        # Under activation checkpointing the saved ones come back as copies, and what has a .grad is the parameter.
+        ctx.parameters = Weights(*parameters)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, token_ids, tokens_per_expert, weights_A, *saved = ctx.saved_tensors
+        fields = len(Weights._fields)
+        parameters, kept = Weights(*saved[:fields]), saved[fields:]
+        grad_x, grad_weights = differentiate(
+            grad,
+            x,
+            kept,
+            parameters,
+            Plan(token_ids, weights_A, tokens_per_expert),
+            activation=ctx.activation,
+            slots=ctx.buffers.slots(ctx.parameters),
+        )
+        return grad_x, None, None, None, grad_weights, *[None] * fields

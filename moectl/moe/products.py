@@ -1,0 +1,106 @@
+"""Matrix products of one expert on a few rows: in which dtype, and by which of torch's kernels.
+
+With tens of rows and weights that come from memory, a large product is bound by how it walks the
+weights. Three habits take 5-40 % off it here (``benchmarks/moe_layer.py`` shows the sum): oneDNN for
+``x · Wᵀ``, and 128 rows of ``W`` or of its gradient at a time. Shape suffixes: N rows, I input
+features, O output features, P piece.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+FEW_ROWS = range(4, 192)
+MANY_WEIGHTS = 2**18  # elements of one expert's matrix: a megabyte in float32
+PIECE = 128
+PAGE = 4096  # bytes
+
+
+@functools.cache
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX, or ARM's BF16)."""
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return True
+    machine = torch.backends.cpu.get_cpu_capability()
+    return machine.startswith(("SVE", "DEFAULT")) and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def product_dtype(x: Tensor, *, training: bool) -> torch.dtype:
+    """The dtype to multiply ``x`` in: its own, but float32 where a CPU has no instructions for it.
+
+    Without them a bfloat16 product is about ten times slower than converting one expert's weights and
+    multiplying in float32. In decoding (a row or two) the conversion would cost more than it saves.
+    """
+    lower = x.dtype in (torch.bfloat16, torch.float16)
+    if training and lower and x.device.type == "cpu" and not (x.dtype == torch.bfloat16 and cpu_has_bfloat16()):
+        return torch.float32
+    return x.dtype
+
+
+def cast_for_autocast(x: Tensor, *others: Tensor | None) -> list[Any]:
+    """The tensors in the autocast dtype where autocast is on (it spares float64), else as they are.
+
+    Warns once where autocast asks a CPU for bfloat16 that it has no instructions for.
+    """
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return [x, *others]
+    dtype = torch.get_autocast_dtype(x.device.type)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        _warn_slow_autocast(dtype)
+    return [None if tensor is None else tensor.to(dtype) for tensor in (x, *others)]
+
+
+@functools.cache
+def _warn_slow_autocast(dtype: torch.dtype) -> None:
+    if not cpu_has_bfloat16():
+        warnings.warn(
+            f"autocast to {dtype} on a CPU without bfloat16 instructions saves no time: experts are multiplied in"
+            " float32 and the rest of the model is many times slower. Train in float32 here.",
+            stacklevel=4,
+        )
+
+
+def times_transposed(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """``x · Wᵀ + b``: ``[N, O]``."""
+    if _bound_by_weights(x_NI, weight_OI) and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
+        return torch.ops.mkldnn._linear_pointwise(x_NI, weight_OI, bias_O, "none", [], "")
+    return F.linear(x_NI, weight_OI, bias_O)
+
+
+def times(grad_NO: Tensor, weight_OI: Tensor) -> Tensor:
+    """``grad · W``: ``[N, I]``."""
+    if not _bound_by_weights(grad_NO, weight_OI) or weight_OI.shape[1] * weight_OI.element_size() % PAGE:
+        return grad_NO @ weight_OI
+    # Rows a whole number of pages apart fall on the same cache sets: a few at a time do not push each other out.
+    first, *others = zip(grad_NO.split(PIECE, dim=1), weight_OI.split(PIECE), strict=True)
+    product_NI = first[0] @ first[1]
+    for grad_NP, weight_PI in others:
+        product_NI.addmm_(grad_NP, weight_PI)
+    return product_NI
+
+
+def outer_product(grad_NO: Tensor, x_NI: Tensor, *, out: Tensor, add: bool) -> None:
+    """``gradᵀ · x`` written into ``out [O, I]``, or added to it."""
+    grad_ON = grad_NO.t()
+    rows = PIECE if _bound_by_weights(grad_NO, out) else max(out.shape[0], 1)
+    for left, part in zip(grad_ON.split(rows), out.split(rows), strict=True):
+        if add:
+            part.addmm_(left, x_NI)
+        else:
+            torch.mm(left, x_NI, out=part)
+
+
+def _bound_by_weights(x_NI: Tensor, weight: Tensor) -> bool:
+    """Where walking a matrix takes longer than multiplying with it, on a CPU in float32."""
+    return (
+        x_NI.shape[0] in FEW_ROWS
+        and weight.numel() >= MANY_WEIGHTS
+        and x_NI.dtype == torch.float32
+        and x_NI.device.type == "cpu"
+    )
