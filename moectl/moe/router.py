@@ -1,26 +1,25 @@
 """The router contract: the one extension point that a new routing idea needs.
 
-Shape suffixes: B batch, S sequence, T tokens, D hidden, E experts, K experts per token.
+Shape suffixes: B batch, S sequence, T tokens, D hidden, E experts, K slots per token.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal, get_origin
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moectl.config.schema import Settings
-from moectl.errors import ConfigError
+from moectl.config.settings import Settings
+from moectl.errors import ConfigError, MoectlError
+from moectl.moe.contract import RouterError as RouterError
+from moectl.moe.contract import check_form, check_values
 from moectl.moe.types import RouterOutput
 
 GATE_INIT_STD = 0.02
-
-
-class RouterError(ConfigError, ValueError):
-    """A router that does not hold to the contract."""
 
 
 class RouterConfig(Settings):
@@ -31,16 +30,19 @@ class Router(nn.Module, ABC):
     """Decides which experts each token visits, and with which weights.
 
     A new router subclasses this, declares its options as a nested ``Config``, and implements
-    :meth:`route`. Shapes, masks, dtypes and autocast are taken care of here.
+    :meth:`route`. Shapes, masks, dtypes and autocast are taken care of here, and what ``route`` returns
+    is checked here. Everything else may be overridden where it says so, and has a default.
 
     Args:
-        config: the router's own options.
+        config: the router's own options. ``top_k``, where it is one, is the number of experts per token.
         hidden_size: ``D``.
         num_experts: ``E``.
 
     Attributes:
         weight: the gate, ``[E, D]``, no bias; starts from a small normal, because a zero gate
-            ties every token to the same experts.
+            ties every token to the same experts. The only parameter of that shape.
+        label: how errors name this router. Who builds it may say more: "layer 3's router 'mine'".
+        step_tokens: real tokens of the optimizer step, set by the trainer just before :meth:`after_step`.
 
     Raises:
         ValueError: ``top_k`` is not in ``[1, E]``.
@@ -51,24 +53,102 @@ class Router(nn.Module, ABC):
 
     #: Whether a token's route depends on itself and earlier tokens only.
     causal: bool = True
+    #: Whether each token picks its experts, and not experts their tokens: what expert capacity presumes.
+    token_choice: bool = True
+    #: Whether the gate is learned. A router that follows a fixed rule (a hash, say) declares False.
+    learns: bool = True
+    #: ``moe.lb_coef`` where the config does not say; None: the config's own default. 0.0: balanced without a loss.
+    default_lb_coef: float | None = None
 
     def __init__(self, config: RouterConfig, *, hidden_size: int, num_experts: int) -> None:
         super().__init__()
         self.config = config
         self.hidden_size = hidden_size
         self.num_experts = num_experts
-        self.top_k: int = getattr(config, "top_k", 1)
-        if not 1 <= self.top_k <= num_experts:
-            raise ValueError(f"top_k is {self.top_k}, but there are {num_experts} experts: choose 1 to {num_experts}")
+        self.label = type(self).__name__
+        self.step_tokens = 0
+        self._own_top_k = int(getattr(config, "top_k", 1))  # once: torch.compile cannot trace pydantic's getattr
+        self._scheduled_top_k: int | None = None
+        self._modes_checked: set[bool] = set()
+        self.check_top_k(self.top_k)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.register_load_state_dict_post_hook(_keep_buffers_exact)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=GATE_INIT_STD)
+    # --- what a subclass implements, or may override
 
     @abstractmethod
     def route(self, x_TD: Tensor, mask_T: Tensor | None) -> RouterOutput:
-        """Route ``T`` tokens. ``x_TD`` is float32 (float64 for float64 input), autocast is off."""
+        """Route ``T`` tokens. ``x_TD`` is float32 (float64 for float64 input), autocast is off.
+
+        Must run under ``torch.compile(fullgraph=True)``: no ``.item()``, no ``if`` on a tensor's values.
+        """
+
+    def reset_parameters(self) -> None:
+        """Draw the gate. Called before a subclass's own parameters exist."""
+        nn.init.normal_(self.weight, std=GATE_INIT_STD)
+
+    @property
+    def slots(self) -> int:
+        """``K``, the width of the output; more than ``top_k`` where a token may have any number of experts."""
+        return self.top_k
+
+    def check_top_k(self, k: int) -> None:
+        """Raise ValueError unless ``k`` experts per token can be had. Called before a subclass's own set-up."""
+        if not 1 <= k <= self.num_experts:
+            raise ValueError(f"top_k is {k}, but there are {self.num_experts} experts: choose 1 to {self.num_experts}")
+
+    def set_schedule(self, total_steps: int) -> None:
+        """Told once how many optimizer steps the run has (for annealing)."""
+
+    def set_noise_std(self, std: float) -> None:
+        """Noise of this standard deviation in training from now on, in place of the router's own annealing.
+
+        Raises:
+            ConfigError: the router has no such noise. ValueError: not a finite number >= 0.
+        """
+        raise ConfigError(f"{self.label} has no noise to schedule", "Leave moe.schedule.noise_std away.")
+
+    def after_step(self, load_E: Tensor) -> None:
+        """Told once per optimizer step the global load ``[E]`` of that step's real tokens."""
+
+    def calibrate(self, x: Tensor, token_mask: Tensor | None = None) -> None:
+        """Set running statistics from one batch, as training would have: for a gate that is used untrained."""
+
+    def training_problem(self) -> str | None:
+        """Why this configuration must not be trained, or None."""
+        if not self.learns:
+            return None
+        if not bool(self.weight.detach().any()):
+            return "its gate is all zeros, which ties every token to the same experts"
+        if self.num_experts == 1:
+            return "with one expert there is nothing to choose, and a constant combine weight teaches the gate nothing"
+        return None
+
+    # --- what the base class sees to
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token: the config's (default 1), or in training mode what :meth:`set_top_k` said."""
+        if self.training and self._scheduled_top_k is not None:
+            return self._scheduled_top_k
+        return self._own_top_k
+
+    def set_top_k(self, k: int) -> None:
+        """Choose ``k`` experts per token in training from now on (a schedule); eval always uses the config's.
+
+        Raises:
+            ConfigError: a router whose ``top_k`` cannot be chosen. ValueError: ``k`` is not in ``[1, E]``.
+        """
+        field = type(self.config).model_fields.get("top_k")
+        if field is None or get_origin(field.annotation) is Literal:
+            raise ConfigError(f"{self.label} does not let top_k be chosen", "Use the router 'topk'.")
+        self.check_top_k(k)
+        self._scheduled_top_k = k
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """Raw router logits ``x · Wᵀ``: ``[T, E]``."""
+        return F.linear(x_TD, self.weight.to(x_TD.dtype))
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> RouterOutput:
         """Route ``[T, D]`` or ``[B, S, D]``; ``token_mask`` (``[T]`` or ``[B, S]`` bool) marks real tokens.
@@ -78,7 +158,7 @@ class Router(nn.Module, ABC):
 
         Raises:
             ValueError: another rank, another hidden size, or a mask of another shape or dtype.
-            RouterError: :meth:`route` returned something of another shape or dtype than it must.
+            RouterError: :meth:`route` raised, or returned what it must not (:mod:`moectl.moe.contract`).
         """
         if x.dim() not in (2, 3) or x.shape[-1] != self.hidden_size:
             raise ValueError(
@@ -90,131 +170,43 @@ class Router(nn.Module, ABC):
             # Padding may hold NaN (attention over nothing), which would reach the gate's gradient as NaN · 0.
             x_TD = x_TD.masked_fill(~mask_T[:, None], 0.0)
         with torch.autocast(device_type=x.device.type, enabled=False):
-            out = self.route(x_TD, mask_T)
-        self._check(out, x_TD.shape[0])
-        return out if mask_T is None else _drop_padding(out, mask_T)
+            out = self._call_route(x_TD, mask_T)
+        check_form(out, self.label, tokens=x_TD.shape[0], slots=self.slots, num_experts=self.num_experts)
+        out = _clear_unused(out, mask_T)
+        if not torch.compiler.is_compiling() and self.training not in self._modes_checked and x_TD.shape[0] > 0:
+            self._modes_checked.add(self.training)  # once in training, once in eval: it waits for the device
+            check_values(out, self.label, inputs=(x_TD, *self.parameters()))
+        return out
 
-    def _check(self, out: RouterOutput, tokens: int) -> None:
-        """What a router must hold to, so that a wrong one is named here and not felt later (shapes alone: no sync)."""
-        chosen, experts = (tokens, self.top_k), (tokens, self.num_experts)
-        expected: dict[str, tuple[int, ...]]
-        expected = {"topk_indices": chosen, "topk_weights": chosen, "router_logits": experts, "router_probs": experts}
-        expected |= {"router_probs_clean": experts, "entropy": (tokens,)}
-        for name, shape in expected.items():
-            if tuple(getattr(out, name).shape) != shape:
-                raise RouterError(
-                    f"{type(self).__name__}.route() returned {name} of shape {tuple(getattr(out, name).shape)},"
-                    f" not {shape}" + (f"; its top_k is {self.top_k}" if shape == chosen else "")
-                )
-        if out.topk_indices.dtype != torch.int64:
-            dtype = out.topk_indices.dtype
-            raise RouterError(f"{type(self).__name__}.route() returned topk_indices as {dtype}, not int64")
+    def _call_route(self, x_TD: Tensor, mask_T: Tensor | None) -> RouterOutput:
+        """:meth:`route`, whatever it raises made an error that names this router."""
+        if torch.compiler.is_compiling():
+            return self.route(x_TD, mask_T)
+        try:
+            return self.route(x_TD, mask_T)
+        except Exception as error:
+            # torch raises for control flow too: checkpointing ends a recomputation early, memory may run out.
+            if isinstance(error, MoectlError) or type(error).__module__.partition(".")[0] == "torch":
+                raise
+            raise RouterError(f"{self.label}: route() raised {type(error).__name__}: {error}") from error
 
-    def logits(self, x_TD: Tensor) -> Tensor:
-        """Raw router logits ``x · Wᵀ``: ``[T, E]``."""
-        return F.linear(x_TD, self.weight.to(x_TD.dtype))
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Moves and casts as any module does, but floating-point buffers keep their dtype.
 
-    def set_schedule(self, total_steps: int) -> None:
-        """Tell the router how many optimizer steps the run has (for noise and other schedules)."""
-
-    def after_step(self, load_E: Tensor) -> None:
-        """Called once per optimizer step with the global load ``[E]`` of that step's real tokens."""
-
-    def training_problem(self) -> str | None:
-        """Why this configuration must not be trained, or None."""
-        if not bool(self.weight.detach().any()):
-            return "its gate is all zeros, which ties every token to the same experts"
-        if self.num_experts == 1:
-            return "with one expert every combine weight is constant, so that the gate learns nothing"
-        return None
+        A balancing bias that moves by 1e-3 stands still in bfloat16.
+        """
+        before = {id(module): dict(module._buffers) for module in self.modules()}
+        super()._apply(fn, recurse)
+        for module in self.modules():
+            for name, buffer in before[id(module)].items():
+                applied = module._buffers[name]
+                if buffer is not None and applied is not None and applied.dtype != buffer.dtype:
+                    module._buffers[name] = buffer.to(applied.device)
+        return self
 
     def extra_repr(self) -> str:
         options = ", ".join(f"{key}={value}" for key, value in self.config.model_dump().items())
         return f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, {options}"
-
-
-class AnnealedNoise(nn.Module):
-    """Gaussian noise on router logits, in training only, annealed linearly to zero.
-
-    At full strength until :meth:`set_schedule`; then zero after ``anneal_fraction`` of the
-    optimizer steps. The step counter is a buffer: saved, restored, advanced once per optimizer step.
-    """
-
-    step: Tensor
-    anneal_steps: Tensor
-
-    def __init__(self, std: float, anneal_fraction: float) -> None:
-        super().__init__()
-        self.std = std
-        self.anneal_fraction = anneal_fraction
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("anneal_steps", torch.full((), -1, dtype=torch.int64))
-
-    def set_schedule(self, total_steps: int) -> None:
-        self.anneal_steps.fill_(math.ceil(self.anneal_fraction * total_steps))
-
-    def advance(self) -> None:
-        self.step += 1
-
-    def scale(self) -> Tensor:
-        """The present standard deviation, a 0-d float32 tensor on the counter's device (no sync)."""
-        remaining = 1.0 - self.step.float() / self.anneal_steps.clamp(min=1).float()
-        annealed = remaining.clamp(0.0, 1.0) * (self.anneal_steps > 0)
-        return self.std * torch.where(self.anneal_steps < 0, torch.ones_like(annealed), annealed)
-
-    def forward(self, logits_TE: Tensor) -> Tensor:
-        if not self.training or self.std == 0.0:
-            return logits_TE
-        return logits_TE + self.scale().to(logits_TE.dtype) * torch.randn_like(logits_TE)
-
-
-class NoiseOptions(RouterConfig):
-    """Options of routers that explore with annealed Gaussian noise."""
-
-    noise_std: float = 0.1
-    noise_anneal_fraction: float = 0.25
-
-    def model_post_init(self, context: object, /) -> None:
-        if not (math.isfinite(self.noise_std) and self.noise_std >= 0):
-            raise ValueError(f"noise_std must be a finite number >= 0, not {self.noise_std}")
-        if not 0 <= self.noise_anneal_fraction <= 1:
-            raise ValueError(f"noise_anneal_fraction must be in [0, 1], not {self.noise_anneal_fraction}")
-
-
-class NoisySoftmaxRouter(Router):
-    """Shared ground of ``top1``, ``switch`` and ``topk``: a softmax over (noisy) logits."""
-
-    class Config(NoiseOptions):
-        """Noise only."""
-
-    def __init__(self, config: NoiseOptions, *, hidden_size: int, num_experts: int) -> None:
-        super().__init__(config, hidden_size=hidden_size, num_experts=num_experts)
-        self.noise = AnnealedNoise(config.noise_std, config.noise_anneal_fraction)
-
-    @abstractmethod
-    def combine_weights(self, noisy_TE: Tensor, probs_TE: Tensor, indices_TK: Tensor) -> Tensor:
-        """The weights ``[T, K]`` of the chosen experts, with the router's gradient."""
-
-    def route(self, x_TD: Tensor, mask_T: Tensor | None) -> RouterOutput:
-        logits_TE = self.logits(x_TD)
-        noisy_TE = self.noise(logits_TE)
-        probs_TE = torch.softmax(noisy_TE, dim=-1)
-        indices_TK = stable_topk(noisy_TE.detach(), self.top_k)
-        clean_TE = probs_TE if noisy_TE is logits_TE else torch.softmax(logits_TE, dim=-1)
-        return RouterOutput(
-            topk_indices=indices_TK,
-            topk_weights=self.combine_weights(noisy_TE, probs_TE, indices_TK),
-            router_logits=logits_TE,
-            router_probs=probs_TE,
-            router_probs_clean=clean_TE,
-            entropy=entropy(clean_TE),
-        )
-
-    def set_schedule(self, total_steps: int) -> None:
-        self.noise.set_schedule(total_steps)
-
-    def after_step(self, load_E: Tensor) -> None:
-        self.noise.advance()
 
 
 def stable_topk(scores_TE: Tensor, k: int) -> Tensor:
@@ -252,8 +244,20 @@ def flatten_mask(token_mask: Tensor | None, x: Tensor) -> Tensor | None:
     return token_mask.reshape(-1)
 
 
-def _drop_padding(out: RouterOutput, mask_T: Tensor) -> RouterOutput:
-    """Padding is routed nowhere: its slots are unused and carry weight 0."""
-    used_TK = mask_T[:, None].expand_as(out.topk_indices)
-    keep_TK = used_TK if out.keep is None else out.keep & used_TK
+def _clear_unused(out: RouterOutput, mask_T: Tensor | None) -> RouterOutput:
+    """Padding is routed nowhere, and an unused slot carries weight 0."""
+    keep_TK = out.keep
+    if mask_T is not None:
+        real_TK = mask_T[:, None].expand_as(out.topk_indices)
+        keep_TK = real_TK if keep_TK is None else keep_TK & real_TK
+    if keep_TK is None:
+        return out
     return out._replace(topk_weights=out.topk_weights.masked_fill(~keep_TK, 0.0), keep=keep_TK)
+
+
+def _keep_buffers_exact(router: nn.Module, _: Any) -> None:
+    """``load_state_dict(assign=True)`` of a file in low precision must not leave buffers in it."""
+    for module in router.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and buffer.dtype.itemsize < 4:
+                module._buffers[name] = buffer.float()

@@ -1,4 +1,4 @@
-"""What routers return. Shape suffixes: T tokens, E experts, K experts per token."""
+"""What routers return. Shape suffixes: T tokens, E experts, K slots per token."""
 
 from __future__ import annotations
 

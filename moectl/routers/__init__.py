@@ -6,7 +6,9 @@ Importing this package loads no torch; building a router does.
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from moectl.errors import ConfigError, MoectlError
 
@@ -46,11 +48,13 @@ def build_router(name: str, *, hidden_size: int, num_experts: int, top_k: int | 
     cls = router_class(name)
     config = _validate(cls, name, options, top_k)
     try:
-        return cls(config, hidden_size=hidden_size, num_experts=num_experts)
+        router = cls(config, hidden_size=hidden_size, num_experts=num_experts)
     except (TypeError, ValueError) as error:
         if isinstance(error, MoectlError):
             raise
         raise RouterOptionError(f"router '{name}': {error}", f"See `moectl routers show {name}`.") from error
+    router.label = f"router '{name}'"
+    return router
 
 
 def router_class(name: str) -> type[Router]:
@@ -69,27 +73,32 @@ def router_class(name: str) -> type[Router]:
 
 
 def resolve_router(config: ExperimentConfig) -> ExperimentConfig:
-    """``config`` with its router's options checked and written out in full.
+    """``config`` with its router's options checked and written out in full, and ``lb_coef`` a number.
 
     Two configs that mean the same router then have the same content hash, however they spelt it.
     """
     if config.moe is None:
         return config
     name = config.moe.router_name
-    checked = _validate(router_class(name), name, config.moe.router_options, None, prefix="moe.router.")
+    cls = router_class(name)
+    checked = _validate(cls, name, config.moe.router_options, None, prefix="moe.router.")
     options = checked.model_dump(mode="json")
-    moe = config.moe.model_copy(update={"router": {"name": name, **options}})
+    moe = config.moe.with_lb_coef(cls.default_lb_coef).model_copy(update={"router": {"name": name, **options}})
     return config.model_copy(update={"moe": moe})
 
 
 def describe_router(name: str) -> dict[str, Any]:
-    """A router's class, documentation and options, as JSON-ready data with stable keys."""
+    """A router's class, documentation, nature and options, with stable keys.
+
+    ``causal`` is None where it depends on the options; an option without a default is ``required``.
+    """
     cls = router_class(name)
     options = [
         {
             "name": key,
             "type": _type_name(field.annotation),
-            "default": field.get_default(call_default_factory=True),
+            "required": field.is_required(),
+            "default": None if field.is_required() else field.get_default(call_default_factory=True),
             "description": field.description,
         }
         for key, field in cls.Config.model_fields.items()
@@ -98,12 +107,26 @@ def describe_router(name: str) -> dict[str, Any]:
         "name": name,
         "class": f"{cls.__module__}:{cls.__qualname__}",
         "doc": inspect.cleandoc(cls.__doc__ or ""),
+        "causal": cls.causal if isinstance(cls.causal, bool) else None,
+        "token_choice": cls.token_choice if isinstance(cls.token_choice, bool) else None,
+        "learns": cls.learns if isinstance(cls.learns, bool) else None,
         "options": options,
     }
 
 
 def _type_name(annotation: Any) -> str:
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+    """A type as a reader writes it: ``float | None``, ``'a' | 'b'``."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if annotation is type(None):
+        return "None"
+    if origin is Annotated:
+        return _type_name(args[0])
+    if origin in (Union, UnionType):
+        return " | ".join(map(_type_name, args))
+    if origin is Literal:
+        return " | ".join(map(repr, args))
+    plain = isinstance(annotation, type) and origin is None
+    return annotation.__name__ if plain else str(annotation).replace("typing.", "")
 
 
 def _validate(
@@ -126,6 +149,23 @@ def _validate(
         return cls.Config.model_validate(options)
     except ValidationError as error:
         explained = explain_validation(error, cls.Config, noun="option", prefix=prefix, fallback=listing)
-        raise RouterOptionError(f"router '{name}': {explained.message}", explained.hint) from error
+        elsewhere = _options_of_others([key for key in options if key not in known])
+        raise RouterOptionError(f"router '{name}': {explained.message}", elsewhere or explained.hint) from error
     except ValueError as error:  # raised by the Config's own code
         raise RouterOptionError(f"router '{name}': {error}", listing) from error
+
+
+def _options_of_others(keys: list[str]) -> str:
+    """``"'n_group' is an option of the router 'sigmoid'."`` for what other built-in routers know; else ""."""
+    from moectl.plugins import BUILT_IN
+
+    known = {}
+    for name, target in BUILT_IN.items():  # not by name: a plug-in may lay claim to that
+        module, _, attribute = target.partition(":")
+        known[name] = getattr(import_module(module), attribute).Config.model_fields
+    sentences = []
+    for key in keys:
+        owners = [f"'{name}'" for name, fields in known.items() if key in fields]
+        if owners:
+            sentences.append(f"'{key}' is an option of the router{'s' * (len(owners) > 1)} {', '.join(owners)}.")
+    return " ".join(sentences)

@@ -1,10 +1,13 @@
-"""``switch``: one expert per token, weighted by its probability (Fedus et al. 2021, arXiv:2101.03961)."""
+"""``switch``: one expert per token, weighted by its probability (Fedus et al. 2021, arXiv:2101.03961).
+
+Shape suffixes: T tokens, E experts, K experts per token (1 here).
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from moectl.moe.router import NoisySoftmaxRouter
+from moectl.moe.token_choice import NoisySoftmaxRouter
 
 
 class SwitchRouter(NoisySoftmaxRouter):

@@ -2,6 +2,8 @@
 
 Switch Transformer (Fedus et al. 2021, arXiv:2101.03961) chooses one expert; the straight-through
 estimator (Bengio et al. 2013, arXiv:1308.3432) gives it weight 1 and lets the gate learn.
+
+Shape suffixes: T tokens, E experts, K experts per token (1 here).
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moectl.moe.router import NoisySoftmaxRouter
+from moectl.moe.token_choice import NoisySoftmaxRouter
 
 
 class Top1Router(NoisySoftmaxRouter):

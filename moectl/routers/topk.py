@@ -2,6 +2,8 @@
 
 Shazeer et al. 2017 (arXiv:1701.06538); Mixtral, Jiang et al. 2024 (arXiv:2401.04088); Qwen3
 (arXiv:2505.09388).
+
+Shape suffixes: T tokens, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from moectl.moe.router import NoiseOptions, NoisySoftmaxRouter
+from moectl.moe.token_choice import NoisySoftmaxRouter
 
 
 class TopKRouter(NoisySoftmaxRouter):
@@ -22,7 +24,7 @@ class TopKRouter(NoisySoftmaxRouter):
     ``False`` keeps the raw probabilities, which sum to less than one.
     """
 
-    class Config(NoiseOptions):
+    class Config(NoisySoftmaxRouter.Config):
         top_k: Annotated[int, Field(ge=1)] = 2
         norm_topk_prob: bool = True
 

@@ -1,21 +1,25 @@
-"""The router contract: what holds for every router, the noise, and the tie-breaking top-k.
+"""The base class of every router: what it takes, sees to and leaves alone, and the tie-breaking top-k.
 
 A small router written here, not one of the built-ins, so that the contract is seen from a plug-in's side.
 """
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Literal
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from moectl.errors import ConfigError, NotFoundError
 from moectl.moe import Router, RouterConfig, RouterOutput
-from moectl.moe.router import AnnealedNoise, NoiseOptions, at_least_float32, entropy, flatten_mask, stable_topk
-from moectl.routers import build_router
+from moectl.moe.contract import RouterError
+from moectl.moe.router import at_least_float32, entropy, flatten_mask, stable_topk
 
 D, E, K = 8, 5, 2
 
@@ -44,19 +48,20 @@ def plugin(top_k: int = K) -> SecondSlotOnlyWhenSure:
     return SecondSlotOnlyWhenSure(SecondSlotOnlyWhenSure.Config(top_k=top_k), hidden_size=D, num_experts=E)
 
 
-BUILT_IN = {
-    "top1": {},
-    "switch": {},
-    "top2": {},
-    "topk": {"top_k": 3},
-    "topk-raw": {"top_k": 3, "norm_topk_prob": False},
-    "topk-all": {"top_k": E},
-}
+class Balanced(SecondSlotOnlyWhenSure):
+    """With state of its own and of a part of it: a bias, a threshold, a counter."""
+
+    bias: Tensor
+
+    def __init__(self, config: RouterConfig, *, hidden_size: int, num_experts: int) -> None:
+        super().__init__(config, hidden_size=hidden_size, num_experts=num_experts)
+        self.register_buffer("bias", torch.full((num_experts,), 1 / 3))
+        self.register_buffer("count", torch.tensor(7))
+        self.part = nn.BatchNorm1d(num_experts)
 
 
-def built_in(key: str, **options: object) -> Router:
-    torch.manual_seed(0)
-    return build_router(key.split("-")[0], hidden_size=D, num_experts=E, **{**BUILT_IN[key], **options})
+def balanced() -> Balanced:
+    return Balanced(Balanced.Config(), hidden_size=D, num_experts=E)
 
 
 # --- what forward takes, and refuses
@@ -83,32 +88,6 @@ def test_other_masks_are_refused(mask: Tensor) -> None:
         plugin()(torch.zeros(4, D), mask)
 
 
-@pytest.mark.parametrize("key", BUILT_IN)
-def test_batch_and_sequence_are_flattened(key: str) -> None:
-    router, x = built_in(key).eval(), torch.randn(2, 3, D)
-    mask = torch.tensor([[True, False, True], [True, True, False]])
-    for batched, flat in zip(router(x, mask), router(x.reshape(6, D), mask.reshape(6)), strict=True):
-        assert torch.equal(batched, flat)
-
-
-@pytest.mark.parametrize("key", BUILT_IN)
-@pytest.mark.parametrize("num_tokens", [0, 1, 7])
-def test_shapes_and_dtypes_of_the_output(key: str, num_tokens: int) -> None:
-    router = built_in(key)
-    out = router(torch.randn(num_tokens, D))
-    assert out.topk_indices.shape == out.topk_weights.shape == (num_tokens, router.top_k)
-    assert out.topk_indices.dtype == torch.int64
-    for field in (out.router_logits, out.router_probs, out.router_probs_clean):
-        assert field.shape == (num_tokens, E)
-        assert field.dtype == torch.float32
-    assert out.entropy.shape == (num_tokens,)
-    assert out.keep is None
-    ones = torch.ones(num_tokens)
-    torch.testing.assert_close(out.router_probs.sum(1), ones)
-    torch.testing.assert_close(out.router_probs_clean.sum(1), ones)
-    assert all(len(set(row)) == router.top_k for row in out.topk_indices.tolist()), "an expert chosen twice"
-
-
 def test_top_k_must_fit() -> None:
     for wrong in (0, E + 1):
         with pytest.raises(ValueError, match=f"top_k is {wrong}"):
@@ -117,30 +96,19 @@ def test_top_k_must_fit() -> None:
 
 def test_gate_is_e_by_d_small_and_without_bias() -> None:
     torch.manual_seed(0)
-    router = build_router("top1", hidden_size=400, num_experts=50)
+    router = SecondSlotOnlyWhenSure(SecondSlotOnlyWhenSure.Config(), hidden_size=400, num_experts=50)
     assert {name: tuple(p.shape) for name, p in router.named_parameters()} == {"weight": (50, 400)}
     # 20,000 draws: 5 % is ten standard errors of the standard deviation.
     assert router.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 def test_logits_are_x_times_gate_transposed() -> None:
-    router, x = built_in("top1").double(), torch.randn(4, D, dtype=torch.float64)
+    router, x = plugin().double(), torch.randn(4, D, dtype=torch.float64)
     slow = torch.tensor([[float(row @ gate) for gate in router.weight.detach()] for row in x], dtype=torch.float64)
     torch.testing.assert_close(router(x).router_logits, slow, rtol=0, atol=1e-14)
 
 
 # --- arithmetic in float32, or float64
-
-
-@pytest.mark.parametrize("key", BUILT_IN)
-def test_autocast_changes_no_bit(key: str) -> None:
-    router, x = built_in(key).eval(), torch.randn(9, D)
-    exact = router(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        under = router(x)
-    for one, other in zip(exact[:-1], under[:-1], strict=True):
-        assert torch.equal(one, other)
-        assert one.dtype == other.dtype
 
 
 def test_autocast_is_off_inside_a_routers_own_code_and_on_again_after() -> None:
@@ -149,25 +117,6 @@ def test_autocast_is_off_inside_a_routers_own_code_and_on_again_after() -> None:
         router(torch.randn(2, 3, D, dtype=torch.bfloat16))
         assert torch.is_autocast_enabled("cpu")
     assert router.seen == (torch.float32, (6, D), False)
-
-
-@pytest.mark.parametrize("key", BUILT_IN)
-@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
-def test_low_precision_input_is_lifted_first(key: str, low: torch.dtype) -> None:
-    """A bfloat16 model: gate and input are bfloat16, the product is taken in float32."""
-    router, x = built_in(key).to(low).eval(), torch.randn(9, D).to(low)
-    out = router(x)
-    expected = x.float() @ router.weight.detach().float().t()
-    torch.testing.assert_close(out.router_logits, expected, rtol=0, atol=1e-6)
-    assert out.topk_weights.dtype == out.router_probs.dtype == out.entropy.dtype == torch.float32
-
-
-@pytest.mark.parametrize("key", BUILT_IN)
-def test_float64_stays_float64_with_a_float32_gate(key: str) -> None:
-    out = built_in(key).eval()(torch.randn(3, D, dtype=torch.float64))
-    for field in (out.topk_weights, out.router_logits, out.router_probs, out.router_probs_clean, out.entropy):
-        assert field.dtype == torch.float64
-    assert (out.router_probs.sum(1) - 1).abs().max() < 1e-15
 
 
 def test_at_least_float32() -> None:
@@ -183,19 +132,6 @@ def test_at_least_float32() -> None:
 # --- padding
 
 
-@given(st.lists(st.booleans(), max_size=12), st.sampled_from(sorted(BUILT_IN)))
-def test_padding_is_routed_nowhere_and_leaves_real_tokens_alone(real: list[bool], key: str) -> None:
-    router, x = built_in(key).eval(), torch.randn(len(real), D)
-    mask = torch.tensor(real, dtype=torch.bool)
-    out, without = router(x, mask), router(x)
-    assert out.keep is not None
-    assert out.keep.tolist() == [[is_real] * router.top_k for is_real in real]
-    assert not out.topk_weights[~mask].any()
-    assert ((out.topk_indices >= 0) & (out.topk_indices < E)).all()
-    assert torch.equal(out.topk_indices[mask], without.topk_indices[mask])
-    assert torch.equal(out.topk_weights[mask], without.topk_weights[mask])
-
-
 def test_padding_and_a_routers_own_unused_slots_both_count() -> None:
     router, x = plugin(), torch.randn(30, D)
     mask = torch.arange(30) % 3 > 0
@@ -207,35 +143,6 @@ def test_padding_and_a_routers_own_unused_slots_both_count() -> None:
     both = router(x, mask)
     assert torch.equal(both.keep, own & mask[:, None])
     assert not both.topk_weights[~both.keep].any()
-
-
-@pytest.mark.parametrize("key", BUILT_IN)
-@pytest.mark.parametrize("garbage", [math.nan, math.inf, 1e38])
-def test_garbage_in_padding_reaches_no_gradient(key: str, garbage: float) -> None:
-    """Attention over nothing leaves NaN in padded rows; NaN · 0 is NaN, so masking the weights is not enough."""
-    router = built_in(key, noise_std=0.1)
-    x = torch.randn(4, D)
-    x[1] = garbage
-    x.requires_grad_()
-    out = router(x, torch.tensor([True, False, True, True]))
-    (out.topk_weights.sum() + out.router_probs.square().sum() + out.router_logits.square().sum()).backward()
-    assert router.weight.grad is not None
-    assert router.weight.grad.isfinite().all()
-    assert x.grad is not None
-    assert x.grad.isfinite().all()
-    assert not x.grad[1].any()
-
-
-def test_a_nan_token_stays_alone() -> None:
-    """Nothing is healed: the token's own weights are NaN, its indices are still legal, its neighbours unharmed."""
-    router, x = built_in("topk").eval(), torch.randn(3, D)
-    clean = router(x)
-    x[1] = math.nan
-    out = router(x)
-    assert out.topk_weights[1].isnan().all()
-    assert ((out.topk_indices >= 0) & (out.topk_indices < E)).all()
-    for before, after in zip(clean[:-1], out[:-1], strict=True):
-        assert torch.equal(before[[0, 2]], after[[0, 2]])
 
 
 # --- ties and extremes
@@ -266,165 +173,10 @@ def test_nan_scores_give_legal_indices(k: int) -> None:
     assert ((chosen >= 0) & (chosen < 3)).all()
 
 
-@pytest.mark.parametrize("key", BUILT_IN)
-@pytest.mark.parametrize("size", [0.0, 80.0, 1e4, 1e30])
-def test_extreme_and_equal_logits_stay_finite(key: str, size: float) -> None:
-    router = built_in(key).eval()
-    with torch.no_grad():
-        router.weight.zero_()
-        router.weight[:, 0] = torch.linspace(-size, size, E)
-    x = torch.zeros(3, D)
-    x[:, 0] = 1.0
-    x.requires_grad_()
-    out = router(x)
-    for field in out[:-1]:
-        assert field.isfinite().all()
-    if size == 0:
-        assert out.topk_indices.tolist() == [list(range(router.top_k))] * 3
-    else:
-        assert out.topk_indices.tolist() == [[E - 1 - slot for slot in range(router.top_k)]] * 3
-    (out.topk_weights.sum() + out.router_probs.square().sum()).backward()
-    assert router.weight.grad is not None
-    assert router.weight.grad.isfinite().all()
-
-
 def test_entropy_by_hand() -> None:
     probs = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.25] * 4, [0.5, 0.5, 0.0, 0.0]], dtype=torch.float64)
     expected = torch.tensor([0.0, math.log(4), math.log(2)], dtype=torch.float64)
     torch.testing.assert_close(entropy(probs), expected, rtol=0, atol=1e-15)
-
-
-# --- noise
-
-
-def noisy(std: float = 0.1, fraction: float = 0.25) -> AnnealedNoise:
-    return AnnealedNoise(std, fraction)
-
-
-def test_noise_is_at_full_strength_until_a_schedule_is_set() -> None:
-    noise = noisy()
-    for _ in range(1000):
-        noise.advance()
-    assert noise.scale().item() == pytest.approx(0.1)
-
-
-@pytest.mark.parametrize(("fraction", "total"), [(0.25, 40), (0.5, 7), (1.0, 10), (0.25, 3), (0.0, 10)])
-def test_noise_falls_linearly_to_zero_and_stays_there(fraction: float, total: int) -> None:
-    noise = noisy(0.2, fraction)
-    noise.set_schedule(total)
-    end = math.ceil(fraction * total)
-    for step in range(total):
-        expected = 0.2 * max(0.0, 1 - step / end) if end else 0.0
-        assert noise.scale().item() == pytest.approx(expected, abs=1e-7)
-        noise.advance()
-    assert noise.scale().item() == 0.0
-
-
-def test_noise_is_gaussian_of_the_present_scale() -> None:
-    """100,000 draws: the mean within 5 standard errors of 0, the deviation within 2 %, the tails a normal's."""
-    torch.manual_seed(0)
-    noise = noisy(0.5, 1.0)
-    noise.set_schedule(4)
-    noise.advance()  # scale 0.375
-    drawn = noise(torch.full((100_000,), 3.0, dtype=torch.float64)) - 3.0
-    assert abs(drawn.mean().item()) < 5 * 0.375 / math.sqrt(100_000)
-    assert drawn.std().item() == pytest.approx(0.375, rel=0.02)
-    assert (drawn.abs() > 0.75).double().mean().item() == pytest.approx(0.0455, abs=0.004)
-
-
-def test_no_noise_in_eval_or_at_std_zero() -> None:
-    logits = torch.randn(3, 4)
-    assert noisy().eval()(logits) is logits
-    assert noisy(0.0)(logits) is logits
-    assert not torch.equal(noisy()(logits), logits)
-
-
-def test_the_step_counter_is_state() -> None:
-    noise = noisy()
-    noise.set_schedule(80)
-    for _ in range(5):
-        noise.advance()
-    other = noisy()
-    other.load_state_dict(noise.state_dict())
-    assert other.step.item() == 5
-    assert other.scale().item() == noise.scale().item() == pytest.approx(0.1 * (1 - 5 / 20))
-
-
-@pytest.mark.parametrize("key", BUILT_IN)
-def test_router_noise_moves_with_optimizer_steps_only(key: str) -> None:
-    router = built_in(key)
-    router.set_schedule(40)
-    assert {"noise.step", "noise.anneal_steps"} <= router.state_dict().keys()
-    for _ in range(4):  # four micro-batches, one step
-        router(torch.randn(3, D))
-    assert router.state_dict()["noise.step"] == 0
-    router.after_step(torch.ones(E))
-    assert router.state_dict()["noise.step"] == 1
-    router.to(torch.bfloat16)
-    assert router.state_dict()["noise.step"].dtype == torch.int64, "a counter in bfloat16 would stall at 256"
-
-
-@pytest.mark.parametrize("key", BUILT_IN)
-def test_noise_is_in_the_choice_and_the_probs_but_never_in_logits_clean_probs_or_entropy(key: str) -> None:
-    router, x = built_in(key, noise_std=5.0), torch.randn(50, D)
-    still = router.eval()(x)
-    out = router.train()(x)
-    assert torch.equal(out.router_logits, still.router_logits)
-    assert torch.equal(out.router_probs_clean, still.router_probs_clean)
-    assert torch.equal(out.entropy, still.entropy)
-    torch.testing.assert_close(still.router_probs_clean, still.router_logits.softmax(-1))
-    assert not torch.equal(out.router_probs, out.router_probs_clean)
-    assert not torch.equal(out.topk_indices, still.topk_indices)
-    # The choice is of the noisy scores: the chosen are the most probable after noise, best first.
-    best_first = out.router_probs.sort(1, descending=True).values[:, : router.top_k]
-    torch.testing.assert_close(out.router_probs.gather(1, out.topk_indices), best_first)
-
-
-def test_noise_carries_no_gradient_of_its_own_but_logits_do() -> None:
-    noise, logits = noisy(), torch.randn(3, 4, requires_grad=True)
-    (grad,) = torch.autograd.grad(noise(logits).sum(), logits)
-    assert torch.equal(grad, torch.ones(3, 4))
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"noise_std": -0.1}, {"noise_std": math.nan}, {"noise_std": math.inf}, {"noise_anneal_fraction": 1.5},
-     {"noise_anneal_fraction": -0.1}, {"noise_sdt": 0.1}, {"noise_std": "loud"}],
-    ids=str,
-)  # fmt: skip
-def test_wrong_noise_options_are_refused(wrong: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        NoiseOptions.model_validate(wrong)
-
-
-def test_options_are_frozen_and_read_yaml_numbers() -> None:
-    options = NoiseOptions.model_validate({"noise_std": "3e-4"})  # YAML hands 3e-4 over as a string
-    assert options.noise_std == 3e-4
-    with pytest.raises(ValueError, match="frozen"):
-        options.noise_std = 0.5  # type: ignore[misc]
-
-
-# --- training guards and defaults
-
-
-@pytest.mark.parametrize("key", BUILT_IN)
-def test_a_zero_gate_must_not_be_trained(key: str) -> None:
-    router = built_in(key)
-    assert router.training_problem() is None
-    with torch.no_grad():
-        router.weight.zero_()
-    assert "zero" in (router.training_problem() or "")
-    assert router(torch.randn(3, D)).topk_weights.isfinite().all(), "but it still runs"
-
-
-@pytest.mark.parametrize("key", BUILT_IN)
-def test_built_in_routers_are_causal_as_declared(key: str) -> None:
-    """A token's route is bit-equal whatever follows it."""
-    router, x = built_in(key).eval(), torch.randn(9, D)
-    assert router.causal
-    changed = torch.cat([x[:5], torch.randn(4, D)])
-    for before, after in zip(router(x)[:-1], router(changed)[:-1], strict=True):
-        assert torch.equal(before[:5], after[:5])
 
 
 def test_flatten_mask() -> None:
@@ -435,5 +187,165 @@ def test_flatten_mask() -> None:
     assert flatten_mask(None, torch.zeros(2, D)) is None
 
 
-def test_the_gate_can_be_printed_with_its_options() -> None:
-    assert "norm_topk_prob=True" in repr(built_in("topk"))
+# --- experts per token
+
+
+def test_scheduled_top_k_counts_in_training_only() -> None:
+    router, x = plugin(), torch.randn(6, D)
+    router.set_top_k(4)
+    assert router(x).topk_indices.shape == (6, 4)
+    assert router.top_k == router.slots == 4
+    assert router.eval()(x).topk_indices.shape == (6, K)
+    assert router.top_k == K
+    router.train().set_top_k(3)
+    assert router(x).topk_indices.shape == (6, 3)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, E + 1])
+def test_a_scheduled_top_k_must_fit_too(wrong: int) -> None:
+    router = plugin()
+    with pytest.raises(ValueError, match=f"top_k is {wrong}"):
+        router.set_top_k(wrong)
+    assert router.top_k == K
+
+
+class WithoutChoice(SecondSlotOnlyWhenSure):
+    class Config(RouterConfig):
+        pass
+
+
+class OnlyTwo(SecondSlotOnlyWhenSure):
+    class Config(RouterConfig):
+        top_k: Literal[2] = 2
+
+
+@pytest.mark.parametrize("cls", [WithoutChoice, OnlyTwo])
+def test_a_top_k_that_is_no_option_cannot_be_scheduled(cls: type[Router]) -> None:
+    router = cls(cls.Config(), hidden_size=D, num_experts=E)
+    router.label = "router 'mine'"
+    with pytest.raises(ConfigError, match="router 'mine' does not let top_k be chosen"):
+        router.set_top_k(2)
+    assert router.top_k == (2 if cls is OnlyTwo else 1)
+
+
+def test_no_noise_to_schedule() -> None:
+    router = plugin()
+    router.label = "layer 3's router 'mine'"
+    with pytest.raises(ConfigError, match="layer 3's router 'mine' has no noise to schedule"):
+        router.set_noise_std(0.1)
+
+
+# --- errors of a route() of somebody else's
+
+
+class Broken(SecondSlotOnlyWhenSure):
+    error: Exception
+
+    def route(self, x_TD: Tensor, mask_T: Tensor | None) -> RouterOutput:
+        raise self.error
+
+
+def broken(error: Exception) -> Broken:
+    router = Broken(Broken.Config(), hidden_size=D, num_experts=E)
+    router.error = error
+    return router
+
+
+def test_whatever_route_raises_names_the_router() -> None:
+    error = KeyError("speed")
+    router = broken(error)
+    with pytest.raises(RouterError, match=r"^Broken: route\(\) raised KeyError: 'speed'$") as caught:
+        router(torch.zeros(2, D))
+    assert caught.value.__cause__ is error
+    router.label = "layer 3's router 'mine'"
+    with pytest.raises(RouterError, match="^layer 3's router 'mine': "):
+        router(torch.zeros(2, D))
+
+
+@pytest.mark.parametrize("error", [NotFoundError("no table"), RouterError("my own words"), torch.OutOfMemoryError()])
+def test_errors_made_for_users_and_torchs_own_pass_unchanged(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught:
+        broken(error)(torch.zeros(2, D))
+    assert caught.value is error
+
+
+def test_checkpointing_may_stop_a_recomputation_inside_of_route() -> None:
+    """It does so by raising; made an error of the router, it would end the run."""
+    router, x = plugin(), torch.randn(6, D)
+    grads = []
+    for early_stop in (True, False):
+        out = checkpoint(router, x, use_reentrant=False, early_stop=early_stop)
+        grads.append(torch.autograd.grad(out.router_probs.square().sum() + out.topk_weights.sum(), router.weight))
+    assert torch.equal(grads[0][0], grads[1][0])
+
+
+# --- state
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_floating_point_buffers_keep_their_dtype_and_value(dtype: torch.dtype) -> None:
+    """1/3 is none of bfloat16's numbers: there and back would show."""
+    model = nn.Sequential(balanced())
+    model.to(dtype)
+    router = model[0]
+    assert router.weight.dtype == dtype
+    assert router.bias.dtype == router.part.running_mean.dtype == torch.float32
+    assert torch.equal(router.bias, torch.full((E,), 1 / 3))
+    assert router.count.dtype == torch.int64
+    assert router.state_dict()["bias"].dtype == torch.float32
+
+
+def test_buffers_move_with_the_model() -> None:
+    moved = balanced().to("meta", torch.bfloat16)
+    assert moved.bias.device.type == "meta"
+    assert moved.bias.dtype == torch.float32
+    filled = moved.to_empty(device="cpu")
+    assert filled.bias.device.type == filled.weight.device.type == "cpu"
+    assert filled.bias.dtype == torch.float32
+
+
+def test_assigning_weights_in_low_precision_leaves_buffers_in_float32() -> None:
+    low = {
+        name: value.to(torch.bfloat16) if value.is_floating_point() else value
+        for name, value in balanced().state_dict().items()
+    }
+    model = nn.ModuleDict({"router": balanced()})
+    model.load_state_dict({f"router.{name}": value for name, value in low.items()}, assign=True)
+    router = model["router"]
+    assert router.weight.dtype == torch.bfloat16
+    assert router.bias.dtype == router.part.running_var.dtype == torch.float32
+
+
+def test_a_router_can_be_copied() -> None:
+    router = balanced()
+    router(torch.randn(3, D))
+    router.set_top_k(3)
+    twin = copy.deepcopy(router)
+    assert torch.equal(twin(torch.ones(2, D)).topk_indices, router(torch.ones(2, D)).topk_indices)
+    twin.set_top_k(1)
+    assert router.top_k == 3
+
+
+# --- what training asks
+
+
+def test_a_zero_gate_and_a_single_expert_must_not_be_trained() -> None:
+    router = plugin()
+    assert router.training_problem() is None
+    with torch.no_grad():
+        router.weight.zero_()
+    assert "zero" in (router.training_problem() or "")
+    single = SecondSlotOnlyWhenSure(SecondSlotOnlyWhenSure.Config(top_k=1), hidden_size=D, num_experts=1)
+    assert "one expert" in (single.training_problem() or "")
+
+
+def test_a_rule_without_a_gate_needs_none() -> None:
+    router = plugin()
+    router.learns = False
+    with torch.no_grad():
+        router.weight.zero_()
+    assert router.training_problem() is None
+
+
+def test_a_router_can_be_printed_with_its_options() -> None:
+    assert f"hidden_size={D}, num_experts={E}, top_k=2" in repr(plugin())

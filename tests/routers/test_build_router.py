@@ -35,8 +35,9 @@ def test_every_built_in_router_routes(name: str) -> None:
     router = build_router(name, hidden_size=16, num_experts=4)
     out = router(torch.randn(6, 16))
     assert router.weight.shape == (4, 16)
-    assert out.topk_indices.shape == out.topk_weights.shape == (6, router.top_k)
-    assert router.top_k == (2 if name in ("topk", "top2") else 1)
+    assert out.topk_indices.shape == out.topk_weights.shape == (6, router.slots)
+    assert router.top_k == (1 if name in ("top1", "switch") else 2)
+    assert router.label == f"router '{name}'"
 
 
 def test_top_k_is_taken_where_it_can_be_chosen() -> None:
@@ -63,6 +64,29 @@ def test_unknown_option_names_the_nearest() -> None:
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "owners"),
+    [
+        ("topk", "n_group", "router 'sigmoid'."),
+        ("sigmoid", "noise_std", "routers 'top1', 'topk', 'top2', 'switch'."),
+        ("top1", "threshold_decay", "router 'expert-choice-threshold'."),
+        ("expert-choice", "expert_dropout", "routers 'top1', 'topk', 'top2', 'switch', 'noisy-topk', 'sigmoid'."),
+    ],
+)
+def test_an_option_of_another_router_says_whose_it_is(name: str, option: str, owners: str) -> None:
+    with pytest.raises(RouterOptionError) as caught:
+        build_router(name, hidden_size=16, num_experts=4, **{option: 1})
+    assert caught.value.message == f"router '{name}': unknown option '{option}'"
+    assert caught.value.hint == f"'{option}' is an option of the {owners}"
+
+
+def test_an_option_of_another_router_in_a_config() -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_router(load_config(None, sets=["moe.router={name: topk, bias_update_rate: 0.01}"]))
+    assert "'moe.router.bias_update_rate'" in caught.value.message
+    assert caught.value.hint == "'bias_update_rate' is an option of the router 'sigmoid'."
+
+
 def test_unknown_option_in_a_config_is_named_in_full() -> None:
     with pytest.raises(ConfigError) as caught:
         resolve_router(load_config(None, sets=["moe.router.noise=1"]))
@@ -81,9 +105,39 @@ def test_wrong_option_value(options: dict[str, object], says: str) -> None:
     assert caught.value.hint
 
 
-def test_more_experts_per_token_than_experts() -> None:
-    with pytest.raises(RouterOptionError, match="4 experts"):
-        build_router("topk", hidden_size=16, num_experts=4, top_k=5)
+@pytest.mark.parametrize("name", ["topk", "noisy-topk", "sigmoid", "expert-choice", "expert-choice-threshold"])
+def test_more_experts_per_token_than_experts(name: str) -> None:
+    with pytest.raises(RouterOptionError, match=f"router '{name}': top_k is 5, but there are 4 experts"):
+        build_router(name, hidden_size=16, num_experts=4, top_k=5)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_one_expert_routes_but_is_not_trained(name: str) -> None:
+    if name == "top2":
+        with pytest.raises(RouterOptionError, match="there are 1 experts"):
+            build_router(name, hidden_size=16, num_experts=1)
+        return
+    options = {"top_k": 1} if "top_k" in describe_options(name) else {}
+    router = build_router(name, hidden_size=16, num_experts=1, **options)
+    assert not router.eval()(torch.randn(3, 16)).topk_indices.any()
+    assert router.training_problem()
+
+
+def describe_options(name: str) -> set[str]:
+    return {option["name"] for option in describe_router(name)["options"]}
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_balance_coefficient_is_the_routers_where_the_config_is_silent(name: str) -> None:
+    """Those that balance without a loss say 0."""
+    sets = [f"moe.router={name}"]
+    config = resolve_router(load_config(None, sets=sets))
+    silent = name in ("sigmoid", "expert-choice", "expert-choice-threshold")
+    assert config.moe is not None
+    assert config.moe.lb_coef == (0.0 if silent else 0.01)
+    given = resolve_router(load_config(None, sets=[*sets, "moe.lb_coef=0.5"]))
+    assert given.moe is not None
+    assert given.moe.lb_coef == 0.5
 
 
 def test_dense_config_has_no_router_to_resolve() -> None:
@@ -104,7 +158,8 @@ def test_router_from_a_file(tmp_path: Path) -> None:
     assert router(torch.randn(2, 3, 16)).topk_indices.shape == (6, 1)
     described = describe_router(f"{file}:Lucky")
     assert described["doc"] == "Routes as top1 does, and has an option."
-    assert {"name": "luck", "type": "int", "default": 7, "description": None} in described["options"]
+    luck = next(option for option in described["options"] if option["name"] == "luck")
+    assert (luck["type"], luck["default"]) == ("int", 7)
     with pytest.raises(ConfigError, match=r"not a subclass of moectl\.moe\.Router"):
         build_router(f"{file}:NotARouter", hidden_size=16, num_experts=4)
 

@@ -1,0 +1,114 @@
+"""Token choice: each token picks its own k experts. The shared ground of most routers, open to plug-ins.
+
+Shape suffixes: T tokens, D hidden, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from moectl.config.settings import Fraction, Positive
+from moectl.moe.noise import AnnealedNoise, NoiseOptions
+from moectl.moe.router import Router, RouterConfig, entropy, stable_topk
+from moectl.moe.types import RouterOutput
+
+
+class TokenChoiceOptions(RouterConfig):
+    """Options of every router under which tokens choose."""
+
+    logit_clamp: Positive | None = Field(None, description="logits that choose and weigh stay within ± this")
+    expert_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="training: chance of each expert to be unavailable for a call (at least k stay)"
+    )
+    random_routing: Fraction = Field(0.0, description="training: share of tokens that get random experts")
+
+
+class TokenChoiceRouter(Router):
+    """A router whose tokens choose by score: :meth:`choose` is the choice that all of them share."""
+
+    class Config(TokenChoiceOptions):
+        """The common options only."""
+
+    config: TokenChoiceOptions
+
+    def clamp(self, logits_TE: Tensor) -> Tensor:
+        """The logits that choose and weigh; the raw ones stay what the z-loss sees, and pulls back."""
+        bound = self.config.logit_clamp
+        return logits_TE if bound is None else logits_TE.clamp(-bound, bound)
+
+    def choose(self, scores_TE: Tensor) -> Tensor:
+        """The ``top_k`` experts of the highest score, best first, ties to the lowest index: ``[T, K]``."""
+        return stable_topk(self.explore(scores_TE.detach()), self.top_k)
+
+    def explore(self, scores_TE: Tensor) -> Tensor:
+        """Scores as training lets chance change them: random for some tokens, -inf for unavailable experts."""
+        if self.training and self.config.random_routing > 0.0:
+            random_T1 = torch.rand_like(scores_TE[:, :1]) < self.config.random_routing
+            scores_TE = torch.where(random_T1, torch.rand_like(scores_TE), scores_TE)
+        if self.training and self.config.expert_dropout > 0.0:
+            luck_E = torch.rand(self.num_experts, device=scores_TE.device)
+            enough = luck_E.topk(self.top_k).values[-1]  # the k luckiest stay, whatever the draw
+            available_E = (luck_E >= self.config.expert_dropout) | (luck_E >= enough)
+            scores_TE = scores_TE.masked_fill(~available_E, -math.inf)
+        return scores_TE
+
+
+class SoftmaxRouter(TokenChoiceRouter):
+    """Shared ground of routers that choose by a softmax: they say how chance enters, and what the chosen weigh."""
+
+    def perturb(self, logits_TE: Tensor, x_TD: Tensor) -> Tensor:
+        """The logits that choose and weigh in this call: with noise, where a router has any."""
+        return logits_TE
+
+    @abstractmethod
+    def combine_weights(self, noisy_TE: Tensor, probs_TE: Tensor, indices_TK: Tensor) -> Tensor:
+        """The weights ``[T, K]`` of the chosen experts, with the router's gradient."""
+
+    def route(self, x_TD: Tensor, mask_T: Tensor | None) -> RouterOutput:
+        logits_TE = self.logits(x_TD)
+        clean_TE = self.clamp(logits_TE)
+        noisy_TE = self.perturb(clean_TE, x_TD)
+        probs_TE = torch.softmax(noisy_TE, dim=-1)
+        probs_clean_TE = probs_TE if noisy_TE is clean_TE else torch.softmax(clean_TE, dim=-1)
+        # By logits, not probabilities: two of those may both be 0 where the logits still differ.
+        indices_TK = self.choose(noisy_TE)
+        return RouterOutput(
+            topk_indices=indices_TK,
+            topk_weights=self.combine_weights(noisy_TE, probs_TE, indices_TK),
+            router_logits=logits_TE,
+            router_probs=probs_TE,
+            router_probs_clean=probs_clean_TE,
+            entropy=entropy(probs_clean_TE),
+        )
+
+
+class NoisySoftmaxRouter(SoftmaxRouter):
+    """A softmax router that explores with annealed Gaussian noise: ``top1``, ``switch``, ``topk``."""
+
+    class Config(TokenChoiceOptions, NoiseOptions):
+        """Noise and the common options."""
+
+    config: Config
+
+    def __init__(self, config: Config, *, hidden_size: int, num_experts: int) -> None:
+        super().__init__(config, hidden_size=hidden_size, num_experts=num_experts)
+        self.noise = AnnealedNoise(config.noise_std, config.noise_anneal_fraction)
+
+    def perturb(self, logits_TE: Tensor, x_TD: Tensor) -> Tensor:
+        noisy_TE: Tensor = self.noise(logits_TE)
+        return noisy_TE
+
+    def set_schedule(self, total_steps: int) -> None:
+        self.noise.set_schedule(total_steps)
+
+    def set_noise_std(self, std: float) -> None:
+        self.noise.set_std(std)
+
+    def after_step(self, load_E: Tensor) -> None:
+        self.noise.advance()
