@@ -6,16 +6,17 @@ points too; a table stands in for them when moectl runs from a source tree witho
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moectl.errors import ConfigError, MoectlError, NotFoundError, unknown
+from moectl.plugin_source import Reading, read
 
 GROUP = "moectl.routers"
 OWN = "moectl"
@@ -24,7 +25,15 @@ BUILT_IN: dict[str, str] = {
     "topk": "moectl.routers.topk:TopKRouter",
     "top2": "moectl.routers.topk:Top2Router",
     "switch": "moectl.routers.switch:SwitchRouter",
+    "noisy-topk": "moectl.routers.noisy_topk:NoisyTopKRouter",
+    "sigmoid": "moectl.routers.sigmoid:SigmoidRouter",
+    "expert-choice": "moectl.routers.expert_choice:ExpertChoiceRouter",
+    "expert-choice-threshold": "moectl.routers.expert_choice_threshold:ExpertChoiceThresholdRouter",
 }
+
+
+class PluginError(MoectlError):
+    """A plug-in that is there and cannot be loaded."""
 
 
 class RouterEntry(NamedTuple):
@@ -44,49 +53,100 @@ class RouterEntry(NamedTuple):
     version: str = ""
     rivals: tuple[str, ...] = ()
 
+    @property
+    def module(self) -> str:
+        return self.target.partition(":")[0].strip()
+
+    @property
+    def attribute(self) -> str:
+        """The class's name in its module; extras in brackets, which a target may end in, are left away."""
+        return self.target.partition(":")[2].partition("[")[0].strip()
+
 
 def router_entries() -> dict[str, RouterEntry]:
     """Name -> entry, moectl's own first, then by name. Reads metadata only, and never fails."""
     found: dict[str, RouterEntry] = {}
-    for point in metadata.entry_points(group=GROUP):
-        dist = point.dist
-        entry = RouterEntry(
-            point.name, point.value, dist.name if dist else "unknown package", dist.version if dist else ""
-        )
-        first = found.get(point.name)
+    for entry in (*_installed(), *(RouterEntry(name, target, OWN) for name, target in BUILT_IN.items())):
+        first = found.get(entry.name)
         if first is None:
-            found[point.name] = entry
+            found[entry.name] = entry
         elif entry.distribution not in (first.distribution, *first.rivals):
-            found[point.name] = first._replace(rivals=(*first.rivals, entry.distribution))
-    for name, target in BUILT_IN.items():
-        other = found.get(name)
-        if other is None:
-            found[name] = RouterEntry(name, target, OWN)
-        elif other.distribution != OWN and OWN not in other.rivals:
-            found[name] = other._replace(rivals=(*other.rivals, OWN))
+            found[entry.name] = first._replace(rivals=(*first.rivals, entry.distribution))
     order = {name: index for index, name in enumerate(BUILT_IN)}
     return {name: found[name] for name in sorted(found, key=lambda name: (order.get(name, len(order)), name))}
 
 
-def summary(entry: RouterEntry) -> str:
-    """The first line of the router's docstring, read from its source without importing it; "" if unknown."""
-    module_name, _, attribute = entry.target.partition(":")
-    relative = module_name.replace(".", "/") + ".py"
-    if entry.distribution == OWN:
-        file = Path(__file__).resolve().parent.parent / relative
-    else:
+def router_entry(name: str) -> RouterEntry:
+    """The entry of that name, claimed by one package alone.
+
+    Raises:
+        ConfigError: there is none, or several packages claim it.
+    """
+    entries = router_entries()
+    entry = entries.get(name)
+    if entry is None:
+        raise unknown("router", name, entries)
+    claimants = (entry.distribution, *entry.rivals)
+    if entry.rivals:
+        others = [distribution for distribution in claimants if distribution != OWN]
+        one = others[0] if OWN in claimants and len(others) == 1 else f"all but one of {', '.join(others)}"
+        raise ConfigError(
+            f"the router name '{name}' is claimed by {' and by '.join(claimants)}",
+            f"Uninstall {one}, or name the one you mean as path/to/module.py:Class.",
+        )
+    return entry
+
+
+def reading(entry: RouterEntry) -> Reading:
+    """What the router's source says of it, without importing it."""
+    return read(entry.module, entry.attribute)
+
+
+def is_file(spec: str) -> bool:
+    """Whether a router is named by its file, as ``path.py:Class``, and not by its name."""
+    return ".py:" in spec or spec.endswith(".py")
+
+
+def _installed() -> Iterator[RouterEntry]:
+    """The routers of every installed package.
+
+    The text of each package's entry points is read here and not by ``metadata.entry_points``, which
+    one malformed line in any package would break for all.
+    """
+    for dist in metadata.distributions():
         try:
-            file = Path(str(metadata.distribution(entry.distribution).locate_file(relative)))
-        except metadata.PackageNotFoundError:
-            return ""
+            text = dist.read_text("entry_points.txt") or ""
+        except (OSError, ValueError):  # unreadable, or not text: no router can be named from it
+            continue
+        if GROUP not in text:
+            continue
+        name, version = _identity(dist)
+        if _is_shadowed(dist, name):
+            continue
+        section = ""
+        for line in map(str.strip, text.splitlines()):
+            if line.startswith("["):
+                section = line.strip("[]").strip()
+            elif section == GROUP and line and line[0] not in "#;":
+                router, _, target = line.partition("=")
+                yield RouterEntry(router.strip(), target.strip(), name, version)
+
+
+def _identity(dist: metadata.Distribution) -> tuple[str, str]:
+    """Name and version of a package; a stand-in and "" where its metadata is missing."""
     try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, ValueError):
-        return ""
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == attribute:
-            return (ast.get_docstring(node) or "").partition("\n")[0]
-    return ""
+        return dist.metadata["Name"] or "unknown package", dist.metadata["Version"] or ""
+    except (LookupError, OSError, TypeError, ValueError):
+        return "unknown package", ""
+
+
+def _is_shadowed(dist: metadata.Distribution, name: str) -> bool:
+    """Whether another copy of the package comes earlier on the path, so that this one is not in use."""
+    try:
+        first = metadata.distribution(name)
+    except (metadata.PackageNotFoundError, ValueError):
+        return False
+    return first.locate_file("") != dist.locate_file("")
 
 
 def load_router_class(spec: str) -> Any:
@@ -95,30 +155,20 @@ def load_router_class(spec: str) -> Any:
     Raises:
         ConfigError: no such router or class; two packages claim the name.
         NotFoundError: no such file.
-        MoectlError: its module cannot be imported; the message names the plug-in and its package.
+        PluginError: its module cannot be imported; the message names the plug-in and its package.
     """
-    if ".py:" in spec or spec.endswith(".py"):
-        return _load_from_file(spec)
-    entries = router_entries()
-    entry = entries.get(spec)
-    if entry is None:
-        raise unknown("router", spec, entries)
-    if entry.rivals:
-        claimants = " and ".join((entry.distribution, *entry.rivals))
-        raise ConfigError(f"the router name '{spec}' is claimed by {claimants}", "Uninstall all but one of them.")
-    return _load_entry(entry)
+    return _load_from_file(spec) if is_file(spec) else _load_entry(router_entry(spec))
 
 
 def _load_entry(entry: RouterEntry) -> Any:
-    module_name, _, attribute = entry.target.partition(":")
     who = f"the router '{entry.name}' of the package '{entry.distribution}' ({entry.target})"
     hint = f"Update or uninstall '{entry.distribution}', or report this to its authors."
     try:
-        loaded: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
+        loaded: Any = importlib.import_module(entry.module)
+        for part in entry.attribute.split("."):
             loaded = getattr(loaded, part)
     except (Exception, SystemExit) as error:  # a plug-in's import may raise anything
-        raise MoectlError(f"{who} cannot be loaded: {type(error).__name__}: {error}", hint) from error
+        raise PluginError(f"{who} cannot be loaded: {type(error).__name__}: {error}", hint) from error
     return loaded
 
 
@@ -126,20 +176,25 @@ def _load_from_file(spec: str) -> Any:
     location, _, attribute = spec.rpartition(":") if ".py:" in spec else (spec, "", "")
     file = Path(location).expanduser()
     if not file.is_file():
-        raise NotFoundError(f"no router file {file}", "Write --router path/to/file.py:ClassName.")
+        raise NotFoundError(f"no router file {file}", "Name it as path/to/file.py:ClassName.")
     module = _import_file(file.resolve(), spec)
-    own = [
-        name for name, value in vars(module).items() if isinstance(value, type) and value.__module__ == module.__name__
-    ]
+    classes = _classes(module)
     if not attribute:
-        example = f"{location}:{own[-1]}" if own else f"{location}:ClassName"
-        raise ConfigError(f"{spec} names no class", f"Write --router {example}")
+        names = [f"{location}:{name}" for name in classes] or [f"{location}:ClassName"]
+        raise ConfigError(f"{spec} names no class", f"Name one, as in {' or '.join(names)}.")
     loaded: Any = module
     for part in attribute.split("."):
         if not hasattr(loaded, part):
-            raise unknown(f"class in {location}:", attribute, own)
+            raise unknown(f"class in {location}:", attribute, classes)
         loaded = getattr(loaded, part)
     return loaded
+
+
+def _classes(module: Any) -> list[str]:
+    """The classes that a module defines: its routers, or all of them where none looks like a router."""
+    own = {name: value for name, value in vars(module).items() if isinstance(value, type)}
+    own = {name: value for name, value in own.items() if value.__module__ == module.__name__}
+    return [name for name, value in own.items() if hasattr(value, "route")] or list(own)
 
 
 def _import_file(file: Path, spec: str) -> Any:
@@ -157,7 +212,7 @@ def _import_file(file: Path, spec: str) -> Any:
         del sys.modules[name]
         line = getattr(error, "lineno", None)
         where = f"{spec} (line {line})" if line else spec
-        raise MoectlError(
+        raise PluginError(
             f"the router file {where} cannot be imported: {type(error).__name__}: {error}",
             "Mend the file and run again; --debug shows the traceback.",
         ) from error

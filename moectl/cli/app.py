@@ -35,7 +35,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("The walk", "eval", "Measure held-out loss and bits per byte, domain by domain"),
     Command("The walk", "inspect", "See which experts take which text, beside honest nulls"),
     Command("The walk", "runs", "List, show, compare and re-index what was run"),
-    Command("The workshop", "routers", "List the routers there are, and the options of one"),
+    Command("The workshop", "routers", "List, show and check routers, and start one of your own"),
     Command("The workshop", "config", "Show what a config comes to, every default written out"),
     Command("The workshop", "quickstart", "Take the whole walk at once, on the text that ships"),
 )

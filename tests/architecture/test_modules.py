@@ -46,7 +46,7 @@ def test_module_says_what_it_is(file: Path) -> None:
     assert not tree.body or ast.get_docstring(tree), f"{name_of(file)} has no docstring"
 
 
-@pytest.mark.parametrize("name", ["errors.py", "paths.py", "plugins.py"])
+@pytest.mark.parametrize("name", ["errors.py", "paths.py", "plugins.py", "plugin_source.py", "scaffold.py"])
 def test_ground_floor_needs_the_standard_library_only(name: str) -> None:
     roots = {module.partition(".")[0] for module in imported(tree_of(PACKAGE / name))}
     assert roots <= {*sys.stdlib_module_names, "moectl"}

@@ -70,3 +70,10 @@ def test_specialization() -> None:
     assert parameters(normalized_mutual_information)[0] == "counts"
     expected = ["experts", "domains", "groups", "num_experts", "draws", "seed"]
     assert parameters(permutation_test) == expected
+
+
+def test_check_router() -> None:
+    from moectl.testing import check_router
+
+    assert parameters(check_router) == ["router", "hidden_size", "num_experts", "options"]
+    assert check_router("topk", hidden_size=16, num_experts=4, top_k=2).ok
