@@ -1,5 +1,5 @@
 # make demo   the whole walk on shipped text: prepare, train dense and MoE, eval, inspect (minutes)
-# make test   lint, types, import contracts, tests
+# make test   lint, types, import contracts, tests, and the tests of plugins/ from the outside
 # Each does all set-up in .venv first; the second time there is nothing left to set up.
 
 PYTHON ?= python3
@@ -9,9 +9,11 @@ PYTEST_FLAGS ?= -q -n auto --maxprocesses 4 --dist loadfile
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PLUGINS := $(patsubst %/pyproject.toml,./%,$(wildcard plugins/*/pyproject.toml))
+PLUGINS_HOME := $(VENV)/plugins
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test test-plugins lint format clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -23,6 +25,10 @@ demo: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	@$(MAKE) --no-print-directory test-plugins
+
+test-plugins: $(PLUGINS_HOME)
+	PYTHONPATH=$(PLUGINS_HOME) $(BIN)/python -m pytest $(PYTEST_FLAGS) plugins
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -45,4 +51,11 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "could not make $(VENV): install Python's venv module (Debian: apt install python3-venv)" >&2; exit 2; }
 	@echo 'setting up $(VENV): a few minutes the first time' >&2
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# As wheels, not editable: what is tested is what a user would install. In a folder of their own, so that
+# moectl's own tests and runs meet no plug-in that nobody asked for.
+$(PLUGINS_HOME): $(STAMP) $(wildcard plugins/*/pyproject.toml plugins/*/src/*.py)
+	@rm -rf $@
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps --target $@ $(PLUGINS)
 	@touch $@
