@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from moectl.cli.output import out
+from moectl.marks import marked
 
 
 def command(
@@ -30,5 +31,5 @@ def command(
         out().data(result.to_dict())
         return
     header = result.header
-    out().say(f"{header['run']} · step {header['step']:,} · data {header['data']}")
+    out().say(marked(f"{header['run']} · step {header['step']:,} · data {header['data']}", header["marks"]))
     out().render(loss_table(result.report))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moectl.cli.output import out
+from moectl.marks import marked
 
 if TYPE_CHECKING:
     from moectl.walk.inspect import InspectedRun, InspectedSeeds
@@ -68,7 +69,7 @@ def _report_seeds(result: InspectedSeeds, figure: Path | None, as_json: bool) ->
     elif figure is not None:
         from moectl.reports.figures import seeds_figure
 
-        title = f"{result.runs[0].header['router']}, seeds {', '.join(map(str, result.seeds))}"
+        title = marked(f"{result.runs[0].header['router']}, seeds {', '.join(map(str, result.seeds))}", result.marks)
         out().say(f"figure: {seeds_figure(result.verdicts, figure, title=title)}")
     if as_json:
         out().data(result.to_dict())
@@ -82,7 +83,7 @@ def _report_seeds(result: InspectedSeeds, figure: Path | None, as_json: bool) ->
     for problem in result.problems:
         out().warn(problem)
     if result.verdicts:
-        out().render(verdict_table(result.verdicts, result.seeds))
+        out().render(verdict_table(result.verdicts, result.seeds, result.marks))
     else:
         out().say("No verdict: it needs runs of one configuration and different seeds.")
     out().render(notes_of([run.report for run in result.runs]))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moectl.cli.output import out
+from moectl.marks import marked
 
 if TYPE_CHECKING:
     from moectl.walk.inspect import InspectedRun
@@ -85,12 +86,12 @@ def _row(contestant: Contestant) -> list[Any]:
     interval = overall.interval
     commit = str(record["commit"])[:8] + ("*" if record.get("dirty") else "")
     return [
-        contestant.outcome.id,
+        marked(contestant.outcome.id, record["marks"]),
         f"{record['parameters']['total']:,}",
         f"{record['parameters']['active']:,}",
         f"{record['tokens']:,}",
         f"{contestant.tokens_per_second:,.0f}",
-        f"{overall.lm_loss:.4f}",
+        marked(f"{overall.lm_loss:.4f}", record["marks"]),
         None if interval is None else f"{interval.low:.3f}–{interval.high:.3f}",
         f"{overall.bits_per_byte:.4f}",
         commit,

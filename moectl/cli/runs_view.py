@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from moectl.marks import marked
 from moectl.runs.compare import Comparison, Configuration
 from moectl.runs.entry import Entry
 
@@ -24,17 +25,16 @@ def listing(entries: Sequence[Entry]) -> RenderableType:
     """``runs ls``: a line per run."""
     table = _table(["run", "status", "router", "seed", "steps", "tokens", "LM loss", "commit", "age"])
     for entry in entries:
-        marks = "".join(f" [{mark}]" for mark in entry.marks)
         kind = " ".join(dict.fromkeys(part for part in (entry.preset, entry.router) if part)) or "dense"
         _add(
             table,
             entry.id,
-            Text(entry.status + marks, style=_STATUS.get(entry.status, "red")),
+            Text(marked(entry.status, entry.marks), style=_STATUS.get(entry.status, "red")),
             kind,
             entry.seed,
             _steps(entry),
             _compact(entry.tokens),
-            _loss(entry.eval_lm_loss),
+            _loss(entry.eval_lm_loss, entry.marks),
             _commit(entry.commit, entry.dirty),
             _age(entry.created),
         )
@@ -82,7 +82,7 @@ def description(found: Mapping[str, Any]) -> RenderableType:
                 "checkpoints": ", ".join(found["checkpoints"]),
             },
         ),
-        ("Newest metrics", found["metrics"]),
+        (marked("Newest metrics", found["marks"]), found["metrics"]),
     ]
     for key in ("id", "name", "status", "step", "steps", "tokens", "metrics", "generation"):
         record.pop(key, None)
@@ -104,14 +104,15 @@ def comparison(result: Comparison) -> RenderableType:
     for row in result.runs:
         commit = _commit(row["commit"], row["dirty"])
         cells = (row["id"], row["configuration"], row["seed"], row["status"], f"{row['at_tokens']:,}")
-        _add(runs, *cells, _loss(row["eval_lm_loss"]), commit)
+        _add(runs, *cells, _loss(row["eval_lm_loss"], row["marks"]), commit)
     parts: list[RenderableType] = [_title(f"LM loss in nats per token, {place}"), runs]
     parts += [_title("By configuration"), _configurations(result.configurations)]
     if result.config_differences and len(result.configurations) > 1:
         labels = [group.label for group in result.configurations]
         differences = _table(["key", *labels])
         for key, values in result.config_differences.items():
-            _add(differences, key, *(_brief(values.get(label)) for label in labels))
+            # Together no wider than what a line has beside the key, which the table would else squeeze away.
+            _add(differences, key, *(_brief(values.get(label), max(10, 90 // len(labels))) for label in labels))
         parts += [_title("What differs in the configurations"), differences]
     if not result.matched:
         mismatches = _table(["condition", "run", "value"])
@@ -131,8 +132,8 @@ def _configurations(groups: Sequence[Configuration]) -> Table:
         interval = "one seed"
         if group.loss.low is not None and group.loss.high is not None:
             interval = f"{group.loss.low:.4f} to {group.loss.high:.4f}"
-        per_domain = [_loss(group.domains.get(name)) for name in domains]
-        _add(table, group.label, group.loss.n, _loss(group.loss.mean), interval, *per_domain)
+        per_domain = [_loss(group.domains.get(name), group.marks) for name in domains]
+        _add(table, group.label, group.loss.n, _loss(group.loss.mean, group.marks), interval, *per_domain)
     return table
 
 
@@ -181,7 +182,7 @@ def _text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _brief(value: Any, length: int = 60) -> str:
+def _brief(value: Any, length: int) -> str:
     if value is None:
         return "none"
     text = _text(value)
@@ -194,8 +195,8 @@ def _steps(entry: Entry) -> str | None:
     return f"{entry.step}" if entry.step == entry.steps else f"{entry.step}/{entry.steps}"
 
 
-def _loss(value: float | None) -> str | None:
-    return None if value is None else f"{value:.4f}"
+def _loss(value: float | None, marks: Sequence[str] = ()) -> str | None:
+    return None if value is None else marked(f"{value:.4f}", marks)
 
 
 def _compact(count: int | None) -> str | None:

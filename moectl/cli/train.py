@@ -10,6 +10,7 @@ import typer
 
 from moectl.cli.output import Bar, out
 from moectl.errors import ConfigError
+from moectl.marks import marked
 
 if TYPE_CHECKING:
     from moectl.config.schema import ExperimentConfig
@@ -35,6 +36,10 @@ def command(
     deterministic: Annotated[
         bool | None, typer.Option("--deterministic", help="Bit-exact with several threads too.")
     ] = None,
+    allow_noncausal: Annotated[
+        bool | None,
+        typer.Option("--allow-noncausal", help="Train where later tokens change earlier outputs; marks every number."),
+    ] = None,
     commit: Annotated[str | None, typer.Option(help="Record this commit instead of asking git.")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any config key.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
@@ -52,6 +57,7 @@ def command(
         "train.device": device,
         "train.threads": threads,
         "train.deterministic": deterministic,
+        "train.allow_noncausal": allow_noncausal,
         "name": name,
     }
     overrides = {key: value for key, value in given.items() if value is not None}
@@ -102,11 +108,20 @@ def progress_note(values: Mapping[str, float]) -> str:
     """One line of numbers for the bar: pure language-model loss, speed, and the worst layer's balance."""
     parts = [f"lm {values['train/lm_loss']:.3f}", f"{values['train/tokens_per_second']:,.0f} tok/s"]
     if "balance/worst" in values:
-        collapse = values["balance/collapse_value"]
-        parts.append(f"balance {values['balance/worst']:.2f} (worst layer; 1 balanced, {collapse:g} collapsed)")
+        parts.append(balance_note(values))
     if "eval/lm_loss" in values:
         parts.append(f"held-out {values['eval/lm_loss']:.3f}")
     return " · ".join(parts)
+
+
+def balance_note(values: Mapping[str, float]) -> str:
+    """The worst layer's balance beside what it would be balanced and collapsed, and what running counts cost it."""
+    where = (
+        f"layer {values['balance/worst_layer']:.0f}, the worst" if "balance/worst_layer" in values else "worst layer"
+    )
+    note = f"balance {values['balance/worst']:.2f} ({where}; 1 balanced, {values['balance/collapse_value']:g} collapsed"
+    deviation = values.get("balance/running_deviation", 0.0)
+    return note + (f"; running counts off by {deviation:.1g})" if deviation > 1e-6 else ")")
 
 
 def _report(outcome: RunOutcome) -> None:
@@ -116,6 +131,8 @@ def _report(outcome: RunOutcome) -> None:
         out().say(f"{outcome.id}: {outcome.status} at step {outcome.step} ({outcome.reason})")
     if "eval/lm_loss" in outcome.metrics:
         _losses_table(outcome)
+    if "balance/worst" in outcome.metrics:
+        out().say(marked(f"routing: {balance_note(outcome.metrics)}", outcome.marks))
     out().say(f"next: {_next(outcome)}")
 
 
@@ -123,10 +140,10 @@ def _losses_table(outcome: RunOutcome) -> None:
     names = sorted(
         {name.split("/")[1] for name in outcome.metrics if name.startswith("eval/") and name.count("/") == 2}
     )
-    rows = [["all", *_losses(outcome.metrics, "eval")]]
-    rows += [[domain, *_losses(outcome.metrics, f"eval/{domain}")] for domain in names]
+    rows = [[marked("all", outcome.marks), *_losses(outcome.metrics, "eval")]]
+    rows += [[marked(domain, outcome.marks), *_losses(outcome.metrics, f"eval/{domain}")] for domain in names]
     out().table(
-        f"{outcome.id} · held-out language-model loss",
+        marked(f"{outcome.id} · held-out language-model loss", outcome.marks),
         ["domain", "nats/token", "perplexity", "bits/byte"],
         rows,
     )
@@ -155,5 +172,6 @@ def _document(outcome: RunOutcome) -> dict[str, Any]:
         "step": outcome.step,
         "tokens": outcome.tokens,
         "already_done": outcome.already_done,
+        "marks": list(outcome.marks),
         "metrics": outcome.metrics,
     }

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from moectl.config.loading import load_config as load_config
     from moectl.config.loading import resolved_yaml as resolved_yaml
     from moectl.config.presets import PRESETS as PRESETS
+    from moectl.config.schedule import Schedule as Schedule
+    from moectl.config.schedule import ScheduleConfig as ScheduleConfig
+    from moectl.config.schema import CapacityConfig as CapacityConfig
     from moectl.config.schema import CollapseConfig as CollapseConfig
     from moectl.config.schema import DataConfig as DataConfig
     from moectl.config.schema import EvalConfig as EvalConfig
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from moectl.config.schema import TrainConfig as TrainConfig
 
 _HOME = {
+    "CapacityConfig": "schema",
     "CollapseConfig": "schema",
     "DataConfig": "schema",
     "EvalConfig": "schema",
@@ -30,6 +34,8 @@ _HOME = {
     "ModelConfig": "schema",
     "OptimConfig": "schema",
     "PRESETS": "presets",
+    "Schedule": "schedule",
+    "ScheduleConfig": "schedule",
     "TrainConfig": "schema",
     "load_config": "loading",
     "resolved_yaml": "loading",

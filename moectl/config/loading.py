@@ -172,7 +172,9 @@ def explain_validation(
             hints += [suggestion] if suggestion else []
             continue
         reason = _reason(item["type"], item["msg"], key)
-        if not key or item["type"] == "missing":
+        if item["type"] == "value_error" and f"{key}." in reason:  # a section's own check, which names the key
+            messages.append(reason)
+        elif not key or item["type"] == "missing":
             messages.append(f"{prefix}{key}: {reason}" if key else reason)
         else:
             messages.append(f"{prefix}{key} = {_short(item['input'])}{where}: {reason}")
@@ -207,8 +209,12 @@ def _merge(base: Values, over: Mapping[str, Any], prefix: str) -> Values:
 
 
 def _section(name: str, value: Any) -> Any:
-    """``router: top2`` is short for ``router: {name: top2}``."""
-    return {"name": value} if name == "moe.router" and isinstance(value, str) else value
+    """``router: top2`` is short for ``router: {name: top2}``, ``capacity: 1.25`` for ``capacity: {factor: 1.25}``."""
+    if name == "moe.router" and isinstance(value, str):
+        return {"name": value}
+    if name == "moe.capacity" and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return {"factor": value}
+    return value
 
 
 def _apply_preset(values: Values, name: str) -> Values:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from moectl.corpus.loader import IGNORED, PackedDataset, targets
 from moectl.errors import MoectlError
+from moectl.marks import marks_of
 from moectl.models.modes import eval_mode
 from moectl.resampling import Interval, centred_interval, group_weights, smallest_stratum
 
@@ -76,12 +77,17 @@ class LossReport:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """The whole split and each domain. ``complete`` is false when only some blocks were read."""
+    """The whole split and each domain.
+
+    ``complete`` is false when only some blocks were read; ``marks`` are the model's own, which every
+    number here must be read with.
+    """
 
     overall: LossReport
     domains: dict[str, LossReport]
     blocks: int
     complete: bool
+    marks: tuple[str, ...] = ()
 
     def metrics(self) -> dict[str, float]:
         """By the names that runs are logged under."""
@@ -102,6 +108,7 @@ class EvalReport:
             "split": "eval",
             "blocks": self.blocks,
             "complete": self.complete,
+            "marks": list(self.marks),
             **self.overall.to_dict(),
             "domains": {name: report.to_dict() for name, report in self.domains.items()},
         }
@@ -118,12 +125,14 @@ def evaluate(
 ) -> EvalReport:
     """Loss of ``model`` on the held-out split.
 
-    The model is put into eval mode (no noise, dropless) and left as it was found.
+    The model is put into eval mode (no noise, dropless unless its capacity says otherwise) and left
+    as it was found.
 
     Args:
         model: takes ``(input_ids, doc_ids=...)`` and returns logits ``[B, S, V]``.
         dataset: its ``eval`` split is read, whole unless ``max_blocks`` is set.
-        batch_size: blocks per forward pass; it does not change the result.
+        batch_size: blocks per forward pass; it does not change the result, unless tokens compete for
+            experts (``expert-choice``, a capacity that applies in evaluation).
         max_blocks: read this many blocks only, spread evenly over the split.
         bootstrap: resamples of the groups for the intervals; 0 for none.
         progress: told after every batch.
@@ -148,7 +157,8 @@ def evaluate(
             sums.add(losses, labels != IGNORED, batch.byte_counts[:, 1:], batch.doc_ids[:, 1:])
             if progress is not None:
                 progress(min(start + batch_size, len(chosen)), len(chosen))
-    return sums.report(tuple(dataset.domains), bootstrap, len(chosen), len(chosen) == split.num_blocks)
+    report = sums.report(tuple(dataset.domains), bootstrap, len(chosen), len(chosen) == split.num_blocks)
+    return replace(report, marks=marks_of(model))
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:

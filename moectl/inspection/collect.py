@@ -34,12 +34,14 @@ class LayerTrace:
     Attributes:
         router: the router's class name.
         num_experts: ``E``.
-        top_k: experts per token that the router is set to.
-        topk_indices: ``[T, K]`` int64, -1 where a slot is unused.
+        top_k: experts per token that the router is set to; on average, where the experts choose.
+        topk_indices: ``[T, K]`` int64, -1 where a slot is unused; ``K`` is the router's ``slots``.
         topk_weights: ``[T, K]`` float32.
         probs: ``[T, E]`` float32, the clean (noise-free) distribution.
         entropy: ``[T]`` float32, nats, of the clean distribution.
         hidden: ``[T, D]`` the layer's input, or None when it was not asked for.
+        dropped: ``[E]`` int64, assignments that a capacity in evaluation dropped, by the expert that
+            was chosen; None where the layer is dropless.
     """
 
     router: str
@@ -50,6 +52,7 @@ class LayerTrace:
     probs: Tensor
     entropy: Tensor
     hidden: Tensor | None = None
+    dropped: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,7 @@ class _Recorder:
         self.keep_hidden = keep_hidden
         self.observer = observer
         self.group_T: Tensor = torch.empty(0, dtype=torch.int64)
+        self.dropped: Tensor | None = None
         self.parts: dict[str, list[Tensor]] = {"indices": [], "weights": [], "probs": [], "entropy": [], "hidden": []}
 
     def hook(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -203,6 +207,9 @@ class _Recorder:
         self._keep("entropy", out.entropy.float())
         if self.keep_hidden:
             self._keep("hidden", x_TD)
+        if layer.dropped is not None:
+            dropped_E = layer.dropped.detach().cpu()
+            self.dropped = dropped_E if self.dropped is None else self.dropped + dropped_E
 
     def _keep(self, name: str, value: Tensor) -> None:
         self.parts[name].append(value.detach().cpu())
@@ -211,6 +218,6 @@ class _Recorder:
         whole = {name: torch.cat(parts) if parts else None for name, parts in self.parts.items()}
         indices, weights, probs, entropy = (whole[name] for name in ("indices", "weights", "probs", "entropy"))
         assert indices is not None and weights is not None and probs is not None and entropy is not None
-        return LayerTrace(
-            type(router).__name__, router.num_experts, router.top_k, indices, weights, probs, entropy, whole["hidden"]
-        )
+        shape = (router.num_experts, router.top_k)
+        hidden, dropped = whole["hidden"], self.dropped
+        return LayerTrace(type(router).__name__, *shape, indices, weights, probs, entropy, hidden, dropped)

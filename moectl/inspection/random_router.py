@@ -23,7 +23,8 @@ class RandomGates:
 
     Where the router's choice is the plain top-k of ``x · Wᵀ`` (checked on the first tokens, not
     assumed), all gates go through one matrix product; any other router, one with a plug-in's own
-    rule, say, is built anew for every gate and called as itself.
+    rule, say, is built anew for every gate and called as itself. Running statistics that training
+    would have set (thresholds, say) are set from the first tokens.
 
     Args:
         router: the trained router; its class, options and shape are used, its weights are not.
@@ -54,6 +55,8 @@ class RandomGates:
         Scored in float32 at the least and without autocast, as a router does.
         """
         if self._plain is None:
+            for router in self.routers:
+                router.calibrate(x_TD, mask_T)
             self._plain = self._is_plain_topk(x_TD, mask_T)
         if not self._plain:
             for draw, router in enumerate(self.routers):

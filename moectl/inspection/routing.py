@@ -20,6 +20,7 @@ from moectl.corpus.loader import PackedDataset
 from moectl.inspection.collect import LayerTrace, RoutingTrace, collect, moe_layers, token_groups
 from moectl.inspection.nulls import Specialization, specialization
 from moectl.inspection.random_router import RandomGates
+from moectl.marks import marks_of
 from moectl.moe import stats
 
 MINIMUM_GATES = 100
@@ -90,7 +91,11 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer: the load over all tokens and by domain, the balance value, the NMI."""
+    """One layer: the load over all tokens and by domain, the balance value, the NMI.
+
+    Loads count what the router chose; ``dropped`` is how many of each expert's assignments a capacity
+    then dropped, None where evaluation is dropless.
+    """
 
     layer: int
     router: str
@@ -100,6 +105,14 @@ class LayerReport:
     domains: dict[str, LoadReport]
     balance: float
     nmi: Specialization
+    dropped: tuple[int, ...] | None = None
+
+    @property
+    def dropped_fraction(self) -> float | None:
+        """Share of the assignments that a capacity in evaluation dropped; None where the layer is dropless."""
+        if self.dropped is None:
+            return None
+        return sum(self.dropped) / max(int(self.load.counts.sum()), 1)
 
     @property
     def collapse_value(self) -> float:
@@ -116,6 +129,8 @@ class LayerReport:
             **self.load.to_dict(),
             "entropy_uniform": math.log(self.num_experts),
             "balance": {"value": self.balance, "balanced": 1.0, "collapse": self.collapse_value},
+            "dropped": None if self.dropped is None else list(self.dropped),
+            "dropped_fraction": self.dropped_fraction,
             "domains": {name: report.to_dict() for name, report in self.domains.items()},
             "nmi": self.nmi.to_dict(),
         }
@@ -129,6 +144,7 @@ class RoutingReport:
         layers: sorted by load CV, the worst first.
         groups: how many groups of each domain the intervals and the permutation null rest on.
         notes: what limits the numbers, in words.
+        marks: the model's own, which every number here must be read with.
     """
 
     layers: tuple[LayerReport, ...]
@@ -137,6 +153,7 @@ class RoutingReport:
     groups: dict[str, int]
     settings: InspectSettings
     notes: tuple[str, ...]
+    marks: tuple[str, ...] = ()
 
     def by_depth(self) -> list[LayerReport]:
         """The layers from the model's input to its output."""
@@ -146,6 +163,7 @@ class RoutingReport:
         """Stable keys for JSON."""
         return {
             "split": "eval",
+            "marks": list(self.marks),
             "tokens": self.tokens,
             "domains": list(self.domain_names),
             "groups": self.groups,
@@ -200,6 +218,7 @@ def inspect_routing(
         groups=named,
         settings=settings,
         notes=tuple(_notes(named, settings, step0 is not None)),
+        marks=marks_of(model),
     )
 
 
@@ -234,6 +253,7 @@ def _layer_report(
             bootstrap=settings.bootstrap,
             seed=settings.seed,
         ),
+        dropped=None if layer.dropped is None else tuple(int(count) for count in layer.dropped),
     )
 
 

@@ -17,12 +17,14 @@ from torch.nn import functional as F
 from moectl.models.cache import KVCache
 from moectl.models.config import DecoderConfig
 from moectl.models.cross_entropy import linear_cross_entropy
+from moectl.moe.capacity import Capacity
 from moectl.moe.experts import GatedExperts
 from moectl.moe.layer import MoELayer
 from moectl.moe.router import at_least_float32
 from moectl.routers import build_router
 
 INIT_STD = 0.02
+CAPACITY_OPTIONS = {"factor", "overflow", "fill", "in_eval"}  # the others say how training moves the factor
 
 
 class RMSNorm(nn.Module):
@@ -96,7 +98,7 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if layer in config.moe_layers:
-            self.mlp = build_moe_layer(config)
+            self.mlp = build_moe_layer(config, layer)
         else:
             self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
 
@@ -184,9 +186,11 @@ class Decoder(nn.Module):
         """Logits ``[B, S, V]``; arguments as for :meth:`hidden_states`."""
         return self.lm_head(self.hidden_states(input_ids, doc_ids, token_mask, cache))
 
-    def lm_loss_sum(self, input_ids: Tensor, labels: Tensor, doc_ids: Tensor | None = None) -> Tensor:
+    def lm_loss_sum(
+        self, input_ids: Tensor, labels: Tensor, doc_ids: Tensor | None = None, token_mask: Tensor | None = None
+    ) -> Tensor:
         """Summed next-token loss in nats against ``labels [B, S]`` (-100: not scored), logits never made whole."""
-        hidden_ND = self.hidden_states(input_ids, doc_ids).flatten(0, 1)
+        hidden_ND = self.hidden_states(input_ids, doc_ids, token_mask).flatten(0, 1)
         return linear_cross_entropy(hidden_ND, self.lm_head.weight, labels.flatten())
 
     def moe_layers(self) -> dict[int, MoELayer]:
@@ -223,17 +227,23 @@ class Decoder(nn.Module):
         return torch.cat(output, dim=1)
 
 
-def build_moe_layer(config: DecoderConfig) -> MoELayer:
-    """A fresh MoE layer in the shape that ``config.moe`` describes."""
+def build_moe_layer(config: DecoderConfig, layer: int) -> MoELayer:
+    """A fresh MoE layer in the shape that ``config.moe`` describes, as layer number ``layer``.
+
+    Raises:
+        ConfigError: a capacity for a router whose tokens do not choose their experts.
+    """
     moe = config.moe
     assert moe is not None
     router = build_router(
         moe.router_name, hidden_size=config.hidden_size, num_experts=moe.num_experts, **moe.router_options
     )
+    router.label = f"layer {layer}'s router '{moe.router_name}'"
     size = config.expert_intermediate_size
     experts = GatedExperts(moe.num_experts, config.hidden_size, size, backend=moe.backend)
     shared = GatedMLP(config.hidden_size, size * moe.n_shared_experts) if moe.n_shared_experts else None
-    return MoELayer(router, experts, shared)
+    options = None if moe.capacity is None else moe.capacity.model_dump(include=CAPACITY_OPTIONS)
+    return MoELayer(router, experts, shared, None if options is None else Capacity(**options))
 
 
 def rope_tables(positions_S: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from moectl.errors import ConfigError, MissingDependencyError
 from moectl.inspection.nulls import Specialization
 from moectl.inspection.routing import RoutingReport
 from moectl.inspection.seeds import LayerVerdict
+from moectl.marks import marked
 from moectl.reports.colours import DIVERGING, colour, needs_light_text, position
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def _routing(report: RoutingReport, title: str) -> Figure:
     values[0].locator_params(axis="x", nbins=5)
     _colour_bar(figure, figure.add_subplot(grid[-1, 0]), 1 / experts, highest)
     _legend(figure.add_subplot(grid[-1, 1]), values[0])
-    figure.suptitle(title, x=0.012, ha="left", fontsize=8, color=_GREY)
+    figure.suptitle(marked(title, report.marks), x=0.012, ha="left", fontsize=8, color=_GREY)
     return figure
 
 

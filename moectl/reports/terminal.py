@@ -18,6 +18,7 @@ from moectl.evaluation.losses import EvalReport, LossReport
 from moectl.inspection.nulls import Specialization
 from moectl.inspection.routing import LayerReport, LoadReport, RoutingReport
 from moectl.inspection.seeds import MINIMUM_SEEDS, LayerVerdict
+from moectl.marks import marked
 from moectl.reports.colours import colour, needs_light_text, position
 from moectl.resampling import Interval
 
@@ -33,13 +34,16 @@ REFERENCE_NAMES = {
 def loss_table(report: EvalReport) -> RenderableType:
     """Loss, perplexity and bits per byte by domain, and over all tokens."""
     view = _table(
-        f"Held-out loss: {report.overall.tokens:,} tokens in {report.blocks:,} blocks, language model alone",
+        marked(
+            f"Held-out loss: {report.overall.tokens:,} tokens in {report.blocks:,} blocks, language model alone",
+            report.marks,
+        ),
         ["domain", "LM loss", "95 %", "perplexity", "bits/byte", "tokens", "groups"],
     )
     for name, losses in report.domains.items():
-        view.add_row(*_loss_row(name, losses))
+        view.add_row(*_loss_row(marked(name, report.marks), losses))
     view.add_section()
-    view.add_row(*_loss_row("all", report.overall), style="bold")
+    view.add_row(*_loss_row(marked("all", report.marks), report.overall), style="bold")
     view.caption = "LM loss in nats per token; 95 % by bootstrap over groups of texts."
     return view
 
@@ -60,16 +64,10 @@ def notes_of(reports: Sequence[RoutingReport]) -> RenderableType:
 
 def balance_table(report: RoutingReport) -> RenderableType:
     """Load statistics of each layer, the worst balanced first; each number beside its reference."""
+    drops = any(layer.dropped is not None for layer in report.layers)
+    columns = ["layer", "balance\n(1.0 … E/k)", "load\nCV", "max, %\n(1/E)", "entropy\n(ln E)", "dead\nexperts"]
     view = _table(
-        "Balance by layer, worst first",
-        [
-            "layer",
-            "balance\n(1.0 … E/k)",
-            "load\nCV",
-            "max, %\n(1/E)",
-            "entropy\n(ln E)",
-            "dead\nexperts",
-        ],
+        marked("Balance by layer, worst first", report.marks), [*columns, *(["dropped,\n%"] if drops else [])]
     )
     for layer in report.layers:
         view.add_row(
@@ -79,11 +77,14 @@ def balance_table(report: RoutingReport) -> RenderableType:
             f"{100 * layer.load.max_share:.1f} ({100 / layer.num_experts:.1f})",
             f"{layer.load.entropy:.3f} ({math.log(layer.num_experts):.3f})",
             _dead(layer.load),
+            *([_percent(layer.dropped_fraction)] if drops else []),
         )
     view.caption = (
         "In brackets what to read it by. Balance: Switch value E·Σ f·P, 1.0 balanced, E/k collapsed, never "
         "pooled over layers. Load CV: 0 when balanced. Entropy of the noise-free router, in nats."
     )
+    if drops:
+        view.caption += " Dropped: share of the assignments past an expert's capacity, which evaluation applies here."
     return view
 
 
@@ -95,6 +96,7 @@ def heat_map(layer: LayerReport, report: RoutingReport) -> RenderableType:
     highest = max(share for each in report.layers for load in each.domains.values() for share in load.shares)
     uniform = 1 / layer.num_experts
     title = f"Layer {layer.layer}: where each domain's assignments go, in % (uniform {100 * uniform:.1f})"
+    title = marked(title, report.marks)
     parts: list[RenderableType] = [Text(title, style="bold")]
     for start in range(0, layer.num_experts, EXPERTS_PER_ROW):
         experts = range(start, min(start + EXPERTS_PER_ROW, layer.num_experts))
@@ -114,7 +116,7 @@ def heat_map(layer: LayerReport, report: RoutingReport) -> RenderableType:
 def nmi_table(report: RoutingReport) -> RenderableType:
     """NMI of each layer beside its three references, worst balanced layer first."""
     view = _table(
-        "Specialisation: normalised mutual information (NMI) of domain and expert",
+        marked("Specialisation: normalised mutual information (NMI) of domain and expert", report.marks),
         [
             "layer",
             "NMI",
@@ -150,10 +152,10 @@ def nmi_table(report: RoutingReport) -> RenderableType:
     return view
 
 
-def verdict_table(verdicts: Sequence[LayerVerdict], seeds: Sequence[int]) -> RenderableType:
+def verdict_table(verdicts: Sequence[LayerVerdict], seeds: Sequence[int], marks: Sequence[str] = ()) -> RenderableType:
     """Each layer over several seeds: NMI minus the strongest of its three references."""
     view = _table(
-        "Specialisation over seeds: NMI minus its strongest reference",
+        marked("Specialisation over seeds: NMI minus its strongest reference", marks),
         ["layer", *(f"seed {seed}" for seed in seeds), "mean", "95 %", "seeds above\nall three", "emerged"],
     )
     for verdict in verdicts:
@@ -179,7 +181,8 @@ def what_one_run_says(report: RoutingReport) -> list[str]:
     if len(report.domain_names) < 2:
         return []
     lines = [
-        f"Layer {layer.layer}: NMI {layer.nmi.value:.3f} is {_sentence(layer.nmi)}." for layer in report.by_depth()
+        f"Layer {layer.layer}: NMI {marked(f'{layer.nmi.value:.3f}', report.marks)} is {_sentence(layer.nmi)}."
+        for layer in report.by_depth()
     ]
     lines.append(
         "This is one seed. One seed is not enough to say that specialisation emerged: "
@@ -212,9 +215,9 @@ def _joined(names: Iterable[str]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
-def _loss_row(name: str, losses: LossReport) -> list[str]:
+def _loss_row(name: str, losses: LossReport) -> list[str | Text]:
     return [
-        name,
+        Text(name),
         f"{losses.lm_loss:.4f}",
         _interval(losses.interval),
         f"{losses.perplexity:,.2f}",
@@ -236,9 +239,10 @@ def _heat(share: float, uniform: float, highest: float) -> Text:
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
-    view = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    # As a Text: what stands in brackets is a mark, and never markup.
+    view = Table(title=Text(title, style="bold"), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     view.title_justify = view.caption_justify = "left"
-    view.title_style, view.caption_style = "bold", "dim"
+    view.caption_style = "dim"
     for index, column in enumerate(columns):
         view.add_column(Text(column), justify="left" if index == 0 else "right")
     return view
@@ -247,6 +251,10 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 def _dead(load: LoadReport) -> str:
     dead = load.dead_experts
     return f"{len(dead)}: {', '.join(map(str, dead))}" if dead else "none"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
 
 
 def _number(value: float | None) -> str:

@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from moectl.errors import ConfigError, MoectlError
+from moectl.marks import marked
 from moectl.runs.files import dumps
 from moectl.runs.intervals import MeanInterval, mean_interval, welch_interval
 from moectl.runs.rundir import RunDir
@@ -26,6 +27,7 @@ class Configuration:
 
     label: str
     runs: list[str]
+    marks: list[str]
     seeds: list[int | None]
     loss: MeanInterval
     domains: dict[str, float]
@@ -131,15 +133,24 @@ def _nothing_shared(subjects: Sequence[Subject]) -> dict[str, dict[str, str]]:
 
 
 def _groups(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:
-    """Label → runs of one configuration, in the order given; a label used twice gets its run's name."""
+    """Label → runs of one configuration, in the order given; a label used twice gets its run's name.
+
+    A label carries the marks of its runs, and with it every number and verdict that names it.
+    """
     by_content: dict[str, list[Subject]] = {}
     for subject in subjects:
         by_content.setdefault(dumps(sorted(subject.configuration.items())), []).append(subject)
     kinds = [group[0].kind for group in by_content.values()]
     return {
-        group[0].kind if kinds.count(group[0].kind) == 1 else f"{group[0].kind} ({group[0].id})": group
+        marked(
+            group[0].kind if kinds.count(group[0].kind) == 1 else f"{group[0].kind} ({group[0].id})", _marks(group)
+        ): group
         for group in by_content.values()
     }
+
+
+def _marks(group: Iterable[Subject]) -> list[str]:
+    return list(dict.fromkeys(mark for subject in group for mark in subject.marks))
 
 
 def _configuration(label: str, group: Sequence[Subject], points: dict[str, Point]) -> Configuration:
@@ -149,6 +160,7 @@ def _configuration(label: str, group: Sequence[Subject], points: dict[str, Point
     return Configuration(
         label=label,
         runs=[subject.id for subject in group],
+        marks=_marks(group),
         seeds=[subject.seed for subject in group],
         loss=mean_interval(list(by_seed.values())),
         domains={name.split("/")[1]: fmean(row[name] for row in rows) for name in names},
@@ -209,6 +221,7 @@ def _row(subject: Subject, point: Point, groups: dict[str, list[Subject]]) -> di
         "configuration": label,
         "seed": subject.seed,
         "status": subject.run.status,
+        "marks": subject.marks,
         "tokens": subject.reached,
         "planned_tokens": subject.planned,
         "at_tokens": point.tokens,

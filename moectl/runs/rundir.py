@@ -4,7 +4,7 @@
 
     run.json       what it was and what came of it (rewritten whole, atomically)
     config.yaml    the resolved configuration
-    metrics.jsonl  one line per log call: step, tokens, time (Unix seconds), values
+    metrics.jsonl  one line per log call: step, tokens, time (Unix seconds), values; the run's marks, if it has any
     events.jsonl   one line per thing that happened
     routing/       step-XXXXXXXX.json, routing statistics of one step
     env.json       versions, host, environment (allow-listed); diff.patch, source.patch
@@ -179,9 +179,8 @@ class RunDir:
             assert self._lock.held, "log() needs acquire() first"
             self._metrics = LineWriter(self.path / "metrics.jsonl")
         numbers = {name: encode_number(value) for name, value in values.items()}
-        self._metrics.write(
-            {"step": int(step), "tokens": int(tokens), "time": round(time.time(), 3), "values": numbers}
-        )
+        row = {"step": int(step), "tokens": int(tokens), "time": round(time.time(), 3), **self._marks()}
+        self._metrics.write({**row, "values": numbers})
 
     def event(self, kind: str, message: str, **details: Any) -> None:
         """Append one thing that happened; give ``step=`` where it has one. Needs the lock."""
@@ -193,7 +192,11 @@ class RunDir:
     def routing(self, step: int, payload: Mapping[str, Any]) -> None:
         """Write the routing statistics of one step, over an earlier version of the same step."""
         assert self._lock.held, "routing() needs acquire() first"
-        write_atomic(self.path / "routing" / f"step-{step:08d}.json", dumps(payload) + "\n")
+        write_atomic(self.path / "routing" / f"step-{step:08d}.json", dumps({**payload, **self._marks()}) + "\n")
+
+    def _marks(self) -> dict[str, Any]:
+        """What goes beside every number of a marked run."""
+        return {"marks": self.record["marks"]} if self.record.get("marks") else {}
 
     def update(self, **fields: Any) -> None:
         """Merge ``fields`` into run.json, atomically. Takes the lock for the moment when not held."""

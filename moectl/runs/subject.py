@@ -83,6 +83,11 @@ class Subject:
         return str(record.get("preset") or record.get("router") or ("moe" if record.get("moe") else "dense"))
 
     @property
+    def marks(self) -> list[str]:
+        """What every number of this run must be read with."""
+        return [str(mark) for mark in self.run.record.get("marks") or []]
+
+    @property
     def reached(self) -> int:
         """Tokens trained on."""
         return max(int(self.run.record.get("tokens") or 0), self.logged_tokens)
@@ -114,7 +119,7 @@ class Subject:
         """What must be equal before two losses may be set against each other, each as text."""
         record = self.run.record
         data = record.get("data") or {}
-        causal = sorted(str(mark) for mark in record.get("marks") or [] if "causal" in str(mark))
+        causal = sorted(mark for mark in self.marks if "causal" in mark)
         loss = str(record.get("loss_definition") or "language-model cross-entropy per token")
         return {
             "tokens": f"{self.planned or self.reached:,} in the whole run",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,29 +47,32 @@ class CollapseDetector:
         self.config = config
         self.in_a_row: dict[int, int] = {}
 
-    def check(self, counts: Mapping[int, Tensor], tokens: int, top_k: int) -> list[Finding]:
+    def check(self, counts: Mapping[int, Tensor], tokens: int, experts_choose: Collection[int] = ()) -> list[Finding]:
         """Findings of this check, worst layer first.
 
         Args:
             counts: per layer ``[E]`` assignments since the last check.
             tokens: real tokens since the last check.
-            top_k: experts per token.
+            experts_choose: layers whose experts choose their tokens. There no expert can dominate.
         """
         findings = []
         for layer, counts_E in counts.items():
-            trouble = self._trouble(counts_E, tokens, top_k)
+            trouble = self._trouble(counts_E, tokens, layer not in experts_choose)
             self.in_a_row[layer] = self.in_a_row.get(layer, 0) + 1 if trouble else 0
             if trouble:
                 row = self.in_a_row[layer]
                 findings.append(Finding(layer, *trouble, row, row >= self.config.patience))
         return sorted(findings, key=lambda finding: (finding.in_a_row, finding.share), reverse=True)
 
-    def _trouble(self, counts_E: Tensor, tokens: int, top_k: int) -> tuple[str, int, float] | None:
+    def _trouble(self, counts_E: Tensor, tokens: int, tokens_choose: bool) -> tuple[str, int, float] | None:
         num_experts, total = counts_E.numel(), int(counts_E.sum())
-        if total == 0 or top_k >= num_experts:
+        if total == 0:
             return None
         of_tokens = counts_E.double() / max(tokens, 1)
-        if float(of_tokens.max()) > self.config.max_share:
+        # With many experts per token (a dense phase of a schedule for k, or k = E) an even load is as high: no sign.
+        # Taken from the counts: k may have changed since the last check.
+        even = total / max(tokens, 1) / num_experts
+        if tokens_choose and even < self.config.max_share < float(of_tokens.max()):
             return "dominance", int(of_tokens.argmax()), float(of_tokens.max())
         share_E = shares(counts_E)
         starved = float(share_E.min()) < self.config.min_share_of_uniform / num_experts

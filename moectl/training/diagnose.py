@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moectl.corpus.loader import Batch
 from moectl.errors import ConfigError, MoectlError
 from moectl.models.decoder import Decoder
+from moectl.moe.types import RouterOutput
 from moectl.training.runtime import precision_context
 
 
@@ -33,18 +34,28 @@ def not_finite(
     return None
 
 
-def refuse_untrainable(model: Decoder) -> None:
-    """Raise for a router that must not be trained, with the reason.
+def refuse_untrainable(model: Decoder, allow_noncausal: bool = False) -> None:
+    """Raise for a layer that must not be trained, with the reason.
+
+    Args:
+        model: its MoE layers are asked.
+        allow_noncausal: let pass what lets later tokens change earlier outputs.
 
     Raises:
         ConfigError: the gate would get no language-model gradient, ties every token, or sees later tokens.
     """
     for number, layer in model.moe_layers().items():
         problem = layer.router.training_problem()
-        if problem is None and not layer.router.causal:
-            problem = "it lets later tokens change earlier outputs, which a causal language model cannot have"
         if problem is not None:
             raise ConfigError(f"the router of layer {number} cannot be trained: {problem}")
+        if not (layer.causal or allow_noncausal):
+            who = "its capacity, filled in order of probability," if layer.router.causal else layer.router.label
+            instead = "moe.capacity.fill: position" if layer.router.causal else "a causal router"
+            raise ConfigError(
+                f"layer {number} cannot be trained: {who} lets later tokens change earlier outputs, which a causal"
+                " language model cannot have",
+                f"Use {instead}, or --allow-noncausal: every metric of the run is then marked as non-causal.",
+            )
 
 
 def refuse_not_finite(model: nn.Module, step: int) -> None:
@@ -65,14 +76,28 @@ def _finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
+def _bad_field(routing: RouterOutput) -> str | None:
+    """The first field that is not finite; of the others than the weights NaN alone is bad (a logit may be -inf)."""
+    for name, field in zip(routing._fields, routing, strict=True):
+        if field is None or not field.is_floating_point():
+            continue
+        if bool(field.isnan().any()) or (name == "topk_weights" and not _finite(field)):
+            return name
+    return None
+
+
 def _first_bad_output(model: Decoder, batches: Sequence[Batch]) -> str | None:
     """Run the step's batches again and watch every module that has no children, and every layer."""
     found: list[str] = []
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not found and isinstance(output, Tensor) and not _finite(output):
+            if found:
+                return
+            if isinstance(output, Tensor) and not _finite(output):
                 found.append(name)
+            elif isinstance(output, RouterOutput) and (bad := _bad_field(output)):
+                found.append(f"{name}, {bad}")
 
         return hook
 

@@ -6,6 +6,7 @@ Shape suffixes: N domains, E experts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,40 @@ from moectl.config.schema import CollapseConfig
 from moectl.moe.layer import MoELayer
 from moectl.training.collapse import CollapseDetector, Finding
 from moectl.training.routing import StepRouting
+
+LARGE_LOGIT = 10.0
+"""A mean |logit| above this is warned of: the softmax is then all but a hard choice, and its gradient all but zero."""
+
+
+@dataclass(frozen=True)
+class LargeLogits:
+    """A layer whose router logits have grown too large."""
+
+    layer: int
+    logit_abs: float
+
+    def __str__(self) -> str:
+        return (
+            f"layer {self.layer}: the router's mean |logit| is {self.logit_abs:.1f}, above {LARGE_LOGIT:g}: its softmax"
+            " saturates, and the gate all but stops learning. Raise moe.z_coef, or set moe.router.logit_clamp."
+        )
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of the routing since the last one.
+
+    Attributes:
+        findings: layers in trouble, worst first.
+        large_logits: layers whose logits are too large, each said once in a run.
+        counts: per layer ``[E]`` assignments since the last check.
+        payload: all numbers, for the record.
+    """
+
+    findings: list[Finding]
+    large_logits: list[LargeLogits]
+    counts: dict[int, Tensor]
+    payload: dict[str, Any]
 
 
 class RoutingMonitor:
@@ -30,41 +65,62 @@ class RoutingMonitor:
         self.layers, self.domains = layers, list(domains)
         self.detector = CollapseDetector(collapse)
         self.tokens = 0
+        self.warned: set[int] = set()
         self.counts_NE = {
             number: torch.zeros(len(self.domains), layer.router.num_experts, dtype=torch.int64)
             for number, layer in layers.items()
         }
+        #: Mean |logit| summed over tokens, and assignments dropped; per layer, since the last check.
+        self.logit_abs = {number: torch.zeros((), dtype=torch.float64) for number in layers}
+        self.dropped = {number: torch.zeros((), dtype=torch.int64) for number in layers}
 
     def add(self, routing: StepRouting, tokens: int) -> None:
         """Add one optimizer step that routed ``tokens`` tokens."""
         for number, step in routing.steps.items():
             self.counts_NE[number] += step.counts_NE.cpu()
+            self.logit_abs[number] += step.logit_abs.cpu()
+            if step.dropped is not None:
+                self.dropped[number] += step.dropped.cpu()
         self.tokens += tokens
 
-    def check(self) -> tuple[list[Finding], dict[str, Any]]:
-        """Findings since the last check, worst first, and the counts for the record; then counting starts anew."""
-        top_k = next(iter(self.layers.values())).router.top_k
-        findings = self.detector.check({n: c.sum(0) for n, c in self.counts_NE.items()}, self.tokens, top_k)
+    def check(self) -> Check:
+        """What is to be said about the time since the last check; then counting starts anew."""
+        counts = {number: counts_NE.sum(0) for number, counts_NE in self.counts_NE.items()}
+        experts_choose = {number for number, layer in self.layers.items() if not layer.router.token_choice}
+        findings = self.detector.check(counts, self.tokens, experts_choose)
+        logits = {number: float(total) / max(self.tokens, 1) for number, total in self.logit_abs.items()}
+        # Not "above": NaN is no small number either.
+        large = [LargeLogits(n, v) for n, v in logits.items() if not v <= LARGE_LOGIT and n not in self.warned]
+        self.warned |= {found.layer for found in large}
         payload = {
             "tokens": self.tokens,
             "domains": self.domains,
-            "layers": {str(number): {"counts": counts.tolist()} for number, counts in self.counts_NE.items()},
+            "layers": {
+                str(number): {
+                    "counts": counts_NE.tolist(),
+                    "logit_abs": logits[number],
+                    "dropped": None if layer.capacity is None else int(self.dropped[number]),
+                }
+                for (number, counts_NE), layer in zip(self.counts_NE.items(), self.layers.values(), strict=True)
+            },
         }
-        for counts in self.counts_NE.values():
-            counts.zero_()
+        for tensor in self.tensors().values():
+            tensor.zero_()
         self.tokens = 0
-        return findings, payload
+        return Check(findings, large, counts, payload)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The counts, by name, for a checkpoint."""
-        return {f"layer.{number}": counts for number, counts in self.counts_NE.items()}
+        """What is counted, by name, for a checkpoint."""
+        named = {f"layer.{number}": counts for number, counts in self.counts_NE.items()}
+        named |= {f"logit_abs.{number}": total for number, total in self.logit_abs.items()}
+        return named | {f"dropped.{number}": total for number, total in self.dropped.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tokens": self.tokens, "collapse": self.detector.state_dict()}
+        return {"tokens": self.tokens, "warned": sorted(self.warned), "collapse": self.detector.state_dict()}
 
     def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Continue from a checkpoint's state and tensors."""
-        self.tokens = state["tokens"]
+        self.tokens, self.warned = state["tokens"], set(state["warned"])
         self.detector.load_state_dict(state["collapse"])
-        for number, counts in self.counts_NE.items():
-            counts.copy_(tensors[f"layer.{number}"])
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])

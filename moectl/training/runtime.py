@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import sys
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 from moectl.config.schema import TrainConfig
 from moectl.errors import ConfigError, MissingDependencyError
+from moectl.moe.layer import MoELayer
 
 
 def resolve_device(name: str) -> torch.device:
@@ -73,3 +75,15 @@ def peak_memory_bytes(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reuse_gradient_buffers(layers: Iterable[MoELayer]) -> None:
+    """Let experts add weight gradients straight into buffers that outlive the step, where that is safe.
+
+    A fresh buffer costs its page faults every time. Not with several processes, whose wrappers want
+    to see each gradient pass through autograd.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return
+    for layer in layers:
+        layer.experts.accumulate_gradients_in_place(True)

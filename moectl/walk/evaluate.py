@@ -20,7 +20,7 @@ class EvaluatedRun:
 
     def to_dict(self) -> dict[str, Any]:
         """Stable keys for JSON."""
-        return {**self.header, **self.report.to_dict()}
+        return {**self.header, **self.report.to_dict(), "marks": self.header["marks"]}
 
 
 def evaluate_run(

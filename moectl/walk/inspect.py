@@ -10,6 +10,7 @@ from typing import Any
 from moectl.errors import ConfigError, NotFoundError
 from moectl.inspection.routing import InspectSettings, RoutingReport, inspect_routing
 from moectl.inspection.seeds import MINIMUM_SEEDS, LayerVerdict, over_seeds
+from moectl.marks import marked
 from moectl.runs.find import find_run, newest_first, readable_runs
 from moectl.runs.subject import Subject as Configured
 from moectl.walk.loading import load_run
@@ -28,15 +29,17 @@ class InspectedRun:
         """One line for tables and figures."""
         worst = self.report.layers[0]
         router = f"{self.header['router']}, {worst.num_experts} experts, top-{worst.top_k}"
-        return (
+        what = (
             f"{self.header['run']} · step {self.header['step']:,} · {router} · {self.report.tokens:,} held-out tokens"
         )
+        return marked(what, self.header["marks"])
 
     def to_dict(self) -> dict[str, Any]:
         """Stable keys for JSON; ``emerged`` is null: one seed cannot say."""
         return {
             **self.header,
             **self.report.to_dict(),
+            "marks": self.header["marks"],
             "seeds": 1,
             "emerged": None,
             "verdict": f"one seed is not enough to say that specialisation emerged; {MINIMUM_SEEDS} are needed",
@@ -62,10 +65,16 @@ class InspectedSeeds:
         """Of the runs, in their order."""
         return [int(run.header["seed"]) for run in self.runs]
 
+    @property
+    def marks(self) -> list[str]:
+        """Of any of the runs: the verdict rests on all of them."""
+        return list(dict.fromkeys(mark for run in self.runs for mark in run.header["marks"]))
+
     def to_dict(self) -> dict[str, Any]:
         """Stable keys for JSON."""
         return {
             "runs": [run.to_dict() for run in self.runs],
+            "marks": self.marks,
             "seeds": len(set(self.seeds)),
             "problems": list(self.problems),
             "verdict": [verdict.to_dict() for verdict in self.verdicts],

@@ -12,6 +12,7 @@ import torch
 from moectl import paths
 from moectl.corpus.loader import PackedDataset
 from moectl.errors import MoectlError
+from moectl.marks import marks_of
 from moectl.models.decoder import Decoder
 from moectl.runs.files import dumps, write_atomic
 from moectl.runs.logger import RunRecorder
@@ -55,7 +56,13 @@ class Subject:
             "router": record.get("router"),
             "data": self.data.manifest.id,
             "commit": record.get("commit"),
+            "marks": self.marks,
         }
+
+    @property
+    def marks(self) -> list[str]:
+        """What every number measured here must be read with: what the record says, and what the model is."""
+        return list(dict.fromkeys([*(self.run.record.get("marks") or []), *marks_of(self.model)]))
 
 
 def subject(run: str | Path | None, *, step: int | None, device: str, say: Say) -> Subject:

@@ -14,6 +14,7 @@ from moectl.models.decoder import Decoder
 from moectl.models.upcycle import upcycle_decoder
 from moectl.training.diagnose import refuse_untrainable
 from moectl.training.runtime import seed_all
+from moectl.training.schedules import refuse_unfit
 from moectl.walk.loading import load_run
 
 
@@ -25,7 +26,8 @@ def build_model(config: ExperimentConfig, manifest: Manifest) -> tuple[Decoder, 
     first, then its chosen MLPs are replaced.
 
     Raises:
-        ConfigError: an unknown base, overrides on a trained base, a base that does not fit.
+        ConfigError: an unknown base, overrides on a trained base, a base that does not fit; a router
+            or capacity that cannot be trained, or cannot follow its schedules.
         CheckError: a base that was trained with another tokenizer (exit code 3).
     """
     seed_all(config.train.seed)
@@ -43,7 +45,8 @@ def build_model(config: ExperimentConfig, manifest: Manifest) -> tuple[Decoder, 
         moe = resolve_init(config.moe, trained=base["kind"] == "run")
         generator = torch.Generator().manual_seed(config.train.seed)
         model = upcycle_decoder(model, moe, generator)
-    refuse_untrainable(model)
+        refuse_unfit(moe.schedule, model.moe_layers())
+    refuse_untrainable(model, config.train.allow_noncausal)
     return model, base
 
 

@@ -42,6 +42,7 @@ class Contestant:
             "tokens": self.record["tokens"],
             "tokens_per_second": self.tokens_per_second,
             "commit": self.record["commit"],
+            "marks": self.record["marks"],
             "eval": self.losses.report.to_dict(),
         }
 

@@ -14,6 +14,7 @@ import torch
 from moectl.config.schema import ExperimentConfig
 from moectl.corpus.loader import PackedDataset
 from moectl.errors import MoectlError
+from moectl.marks import marks_of
 from moectl.models.decoder import Decoder
 from moectl.runs.logger import RunRecorder
 from moectl.runs.provenance import Provenance
@@ -68,7 +69,7 @@ def opening(
         "base": dict(base),
         "parameters": count_parameters(model),
         "threads": torch.get_num_threads(),
-        "marks": [],
+        "marks": list(marks_of(model)),
     }
 
 

@@ -14,6 +14,7 @@ from moectl.config.schema import ExperimentConfig
 from moectl.corpus.loader import PackedDataset
 from moectl.errors import ConfigError, NotFoundError
 from moectl.evaluation.losses import evaluate
+from moectl.marks import marked
 from moectl.models.decoder import Decoder
 from moectl.routers import resolve_router
 from moectl.runs.find import find_run
@@ -68,6 +69,7 @@ class RunOutcome:
     tokens: int
     metrics: dict[str, float] = field(default_factory=dict)
     already_done: bool = False
+    marks: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -98,6 +100,8 @@ def start_run(config: ExperimentConfig, request: RunRequest) -> RunOutcome:
     for warning in provenance.warnings:
         request.say(f"warning: {warning}")
     opening = record.opening(config, key=key, provenance=provenance, data=data, model=model, base=base, code=code)
+    for mark in opening["marks"]:
+        request.say(f"warning: later tokens change earlier outputs: every number of this run is marked [{mark}]")
     run = RunDir.create(name, config_yaml=resolved_yaml(config), record=opening)
     provenance.write(run.path)
     keep(code, run.path)
@@ -161,14 +165,15 @@ def _run(
             logger=recorder,
             checkpoints=run.checkpoints,
             evaluate=lambda decoder, final: _held_out(decoder, data, config, final),
-            progress=request.progress(run.id, config.train.steps),
+            progress=request.progress(marked(run.id, run.record["marks"]), config.train.steps),
         )
         if checkpoint is not None:
             _restore(trainer, checkpoint, messages, recorder, request.say)
         recorder.update(**record.sitting(trainer.device))
         result = trainer.train()
         recorder.update(**record.ending(run, result, trainer.device, started))
-    return RunOutcome(run.id, run.path, result.status, result.reason, result.step, result.tokens, result.metrics)
+    ended = (result.status, result.reason, result.step, result.tokens)
+    return RunOutcome(run.id, run.path, *ended, result.metrics, marks=tuple(run.record["marks"]))
 
 
 def _held_out(model: Decoder, data: PackedDataset, config: ExperimentConfig, final: bool) -> dict[str, float]:
@@ -217,7 +222,7 @@ def _already_there(name: str, key: str, request: RunRequest) -> RunOutcome | Non
         )
     if run.status in ENDED:
         ended = (run.status, run.record["exit_reason"], run.record["step"], run.record["tokens"])
-        return RunOutcome(name, folder, *ended, run.latest(), already_done=True)
+        return RunOutcome(name, folder, *ended, run.latest(), already_done=True, marks=tuple(run.record["marks"]))
     steps = checkpoint_steps(run.checkpoints)
     if steps and request.go_on:
         return resume_run(name, request)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moectl.cli.train import _report
+from moectl.cli.train import _report, progress_note
 from moectl.walk.train import RunOutcome
 
 
@@ -27,3 +27,15 @@ def test_an_evaluated_one_has(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[0] == "run-a · held-out language-model loss"
     rows = [line.split() for line in lines[3:]]
     assert rows == [["all", "3", "20.1", "–"], ["math", "2.5", "–", "–"]]
+
+
+def test_balance_is_that_of_the_worst_layer_beside_its_two_references(capsys: pytest.CaptureFixture[str]) -> None:
+    """What running counts cost stands with it, and nothing where they cost nothing."""
+    values = {"train/lm_loss": 3.0, "train/tokens_per_second": 10.0, "balance/worst": 1.237, "balance/worst_layer": 3.0}
+    values |= {"balance/collapse_value": 8.0, "balance/running_deviation": 0.0123}
+    said = "balance 1.24 (layer 3, the worst; 1 balanced, 8 collapsed; running counts off by 0.01)"
+    assert said in progress_note(values)
+    _report(outcome(**values))
+    assert f"routing: {said}" in capsys.readouterr().err
+    exact = progress_note({**values, "balance/running_deviation": 1e-16})
+    assert "balance 1.24 (layer 3, the worst; 1 balanced, 8 collapsed)" in exact

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from moectl.config.schema import MoEConfig
 from moectl.corpus.loader import PackedDataset
 from moectl.evaluation.losses import LossReport, evaluate, token_losses
 from moectl.models.decoder import Decoder
+from tests.support import tiny_shape
 
 
 class Unigram(nn.Module):
@@ -163,3 +165,26 @@ def test_token_losses_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(token_losses(logits, labels), whole)
     assert whole.dtype == torch.float32 and whole[0, 2] == 0
     assert token_losses(logits.double(), labels).dtype == torch.float64
+
+
+@pytest.mark.parametrize(("router", "marks"), [("expert-choice", ("non-causal",)), ("expert-choice-threshold", ())])
+def test_the_report_carries_the_models_marks(dataset: PackedDataset, router: str, marks: tuple[str, ...]) -> None:
+    moe = MoEConfig.model_validate({"router": router, "num_experts": 4, "layers": "all"})
+    report = evaluate(Decoder(tiny_shape(dataset.manifest.vocab_size, moe)), dataset, bootstrap=0)
+    assert report.marks == marks and report.to_dict()["marks"] == list(marks)
+    assert math.isfinite(report.overall.lm_loss)
+
+
+def test_capacity_applies_here_only_where_it_says_so(dataset: PackedDataset) -> None:
+    """Room for a twentieth of the tokens: dropped in evaluation, the experts' outputs would be missing."""
+    losses = {}
+    for name, capacity in {"none": None, "training": 0.05, "too": {"factor": 0.05, "in_eval": True}}.items():
+        torch.manual_seed(0)
+        options = {"router": {"name": "top1"}, "num_experts": 4, "layers": "all", "capacity": capacity}
+        model = Decoder(tiny_shape(dataset.manifest.vocab_size, MoEConfig.model_validate(options)))
+        with torch.no_grad():
+            for layer in model.moe_layers().values():
+                layer.experts.down_proj.mul_(100)  # so that an expert's output is felt
+        losses[name] = evaluate(model, dataset, bootstrap=0).overall.nll
+    assert losses["training"] == losses["none"]
+    assert abs(losses["too"] - losses["none"]) > 1e-3 * losses["none"]

@@ -132,3 +132,18 @@ def test_unused_is_no_expert() -> None:
 def test_no_gates_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
         RandomGates(named("top1"), draws=0, num_groups=1, seed=0)
+
+
+def test_thresholds_of_fresh_gates_are_those_of_the_hidden_states() -> None:
+    """An untrained threshold takes tokens by its starting value; the null asks what a gate alone would do."""
+    torch.manual_seed(0)
+    router = named("expert-choice-threshold", top_k=2)
+    x_TD, groups_T = 4 * torch.randn(600, 12), torch.arange(600) % 3
+    gates = RandomGates(router, draws=5, num_groups=3, seed=0)
+    gates.update(x_TD, groups_T)
+    for fresh, counts_GE in zip(gates.routers, gates.counts, strict=True):
+        # Calibrated on these very tokens: each expert takes ceil(2·600/6) = 200 of them.
+        assert counts_GE.sum(0).tolist() == [200] * 6
+        assert not fresh.training
+    gates.update(x_TD, groups_T)
+    assert gates.counts.sum() == 2 * 5 * 1200

@@ -77,7 +77,7 @@ def test_json_has_its_public_names_and_survives_json(report: RoutingReport) -> N
         assert layer["balance"]["collapse"] == 4.0
         assert layer["entropy_uniform"] == pytest.approx(math.log(4))
         assert sum(layer["shares"]) == pytest.approx(1.0)
-        assert "dropped" not in layer, "there is no capacity that could drop anything"
+        assert layer["dropped"] is None and layer["dropped_fraction"] is None, "evaluation is dropless"
 
 
 @pytest.mark.parametrize("bad", [0, 1])
@@ -193,3 +193,58 @@ def test_runs_with_other_layers_are_refused(dataset: PackedDataset, build: Build
     other = inspect_routing(build(1, layers="last:1"), dataset, settings=QUICK)
     with pytest.raises(ConfigError, match="different places"):
         over_seeds([report, other])
+
+
+# capacity in evaluation, and experts that choose
+
+
+def test_dropped_assignments_are_those_of_the_layers(dataset: PackedDataset, build: Build) -> None:
+    """Counted from the trace: what the router chose, and what ceil(k·T/E·factor) of each batch leaves of it."""
+    model = build(1, router={"name": "top2"}, capacity={"factor": 0.5, "in_eval": True})
+    report = inspect_routing(model, dataset, settings=QUICK)
+    trace = collect(model, dataset, batch_size=QUICK.batch_size)
+    for layer in report.layers:
+        dropped = torch.zeros(4, dtype=torch.int64)
+        for batch in trace.layers[layer.layer].topk_indices.split(QUICK.batch_size * 16):
+            room = math.ceil(0.5 * 2 * len(batch) / 4)
+            dropped += (torch.bincount(batch.flatten(), minlength=4) - room).clamp(min=0)
+        assert layer.dropped == tuple(dropped.tolist()) and sum(layer.dropped) > 0
+        assert layer.dropped_fraction == pytest.approx(int(dropped.sum()) / (2 * report.tokens))
+        assert layer.load.counts.sum() == 2 * report.tokens, "the load is what the router chose"
+        document = layer.to_dict()
+        assert document["dropped"] == list(layer.dropped)
+        assert document["dropped_fraction"] == layer.dropped_fraction
+    assert report.marks == ()
+
+
+def test_a_capacity_of_training_alone_drops_nothing_here(dataset: PackedDataset, build: Build) -> None:
+    options = {"router": {"name": "top2"}}
+    limited = inspect_routing(build(1, capacity=0.25, **options), dataset, settings=QUICK)
+    free = inspect_routing(build(1, **options), dataset, settings=QUICK)
+    assert all(layer.dropped is None for layer in limited.layers)
+    assert limited.to_dict() == free.to_dict()
+
+
+@pytest.mark.parametrize(("router", "marks"), [("expert-choice", ("non-causal",)), ("expert-choice-threshold", ())])
+def test_experts_that_choose(dataset: PackedDataset, build: Build, router: str, marks: tuple[str, ...]) -> None:
+    """As many slots as experts, some of them unused: counts, balance and all three nulls hold all the same."""
+    model = build(1, router={"name": router}, layers="all")
+    trace = collect(model, dataset, batch_size=QUICK.batch_size)
+    report = inspect_routing(model, dataset, step0=build(0, router={"name": router}), settings=QUICK)
+    assert report.marks == marks and report.to_dict()["marks"] == list(marks)
+    for layer in report.layers:
+        recorded = trace.layers[layer.layer]
+        assert recorded.topk_indices.shape == (report.tokens, 4)
+        used = recorded.topk_indices != -1
+        assert 0 < int(used.sum()) < used.numel()
+        counts = torch.bincount(recorded.topk_indices[used], minlength=4)
+        assert layer.load.counts.tolist() == counts.tolist()
+        assert layer.nmi.value == pytest.approx(
+            normalized_mutual_information(trace.group_counts(layer.layer).by_domain())
+        )
+        assert layer.nmi.step0 is not None and layer.nmi.null_random_router.draws == QUICK.gates
+        assert 0 < layer.nmi.null_random_router.maximum < 1  # type: ignore[operator]
+        if router == "expert-choice":
+            # Every batch of B blocks gives each expert ceil(2·16·B/4) tokens.
+            sizes = [len(part) for part in recorded.topk_indices.split(QUICK.batch_size * 16)]
+            assert counts.tolist() == [sum(math.ceil(2 * size / 4) for size in sizes)] * 4

@@ -24,7 +24,8 @@ from moectl.models.decoder import (
     rotate,
 )
 from moectl.moe import MoELayer
-from tests.models.conftest import VOCABULARY, MakeDecoder
+from moectl.moe.capacity import Capacity
+from tests.models.conftest import VOCABULARY, MakeDecoder, build
 
 # Activations of order ten, three layers; the same sums over other shapes and positions, in float64.
 FLOAT64 = 1e-10
@@ -94,6 +95,36 @@ def test_every_parameter_gets_a_gradient(decoder: Decoder) -> None:
         assert parameter.grad.isfinite().all(), name
 
 
+# --- what the config says of the experts
+
+
+@pytest.mark.parametrize("overflow", ["drop", "next-best"])
+def test_capacity_of_the_config_is_the_layers_in_training_and_nowhere_else(overflow: str) -> None:
+    given = {"factor": 0.5, "overflow": overflow, "fill": "probability"}
+    free, limited = build("top2"), build("top2", capacity=given)
+    for layer in limited.moe_layers().values():
+        assert layer.capacity == Capacity(0.5, overflow=overflow, fill="probability")  # type: ignore[arg-type]
+        assert not layer.causal
+    limited.load_state_dict(free.state_dict())
+    ids = some_ids(2, 8)
+    assert torch.equal(limited(ids), free(ids)), "dropless in eval"
+    assert all(layer.dropped is None for layer in limited.moe_layers().values())
+    limited.train()(ids)
+    for layer in limited.moe_layers().values():  # room for ceil(2·16/4·0.5) = 4 in each of 4 experts: half of 32 slots
+        assert layer.dropped is not None
+        assert layer.dropped.sum() >= 16
+    in_eval = build("top2", capacity={**given, "in_eval": True})
+    in_eval(ids)
+    assert all(layer.dropped is not None for layer in in_eval.moe_layers().values())
+
+
+def test_a_router_says_which_layer_it_is_in(make_decoder: MakeDecoder) -> None:
+    model = make_decoder("top2")
+    labels = [layer.router.label for layer in model.moe_layers().values()]
+    assert labels == ["layer 1's router 'top2'", "layer 2's router 'top2'"]
+    assert copy.deepcopy(model).moe_layers()[2].router.label == labels[1]
+
+
 # --- who may see whom
 
 
@@ -108,6 +139,16 @@ def test_later_tokens_change_nothing_earlier(decoder: Decoder) -> None:
         after = decoder(changed)
         close(after[:, :position], before[:, :position])
         assert (after[:, position] - before[:, position]).abs().max() > 1e-3
+
+
+def test_expert_choice_does_let_later_tokens_in(make_decoder: MakeDecoder) -> None:
+    """What the declaration ``causal = False`` is about, and what its threshold form (above) is free of."""
+    ids = some_ids(2, 9)
+    changed = ids.clone()
+    changed[:, 5:] = some_ids(2, 4, seed=9)
+    model = make_decoder("expert-choice")
+    assert not any(layer.causal for layer in model.moe_layers().values())
+    assert (model(changed)[:, :5] - model(ids)[:, :5]).abs().max() > 1e-3
 
 
 def test_rows_of_a_batch_do_not_meet(decoder: Decoder) -> None:
@@ -219,6 +260,29 @@ def test_a_cache_takes_no_masks(make_decoder: MakeDecoder) -> None:
         model(ids, token_mask=torch.ones_like(ids, dtype=torch.bool), cache=KVCache(3))
 
 
+def test_a_threshold_that_training_has_moved_decodes_like_the_full_forward(make_decoder: MakeDecoder) -> None:
+    """Three steps of calibration, then token by token: the chosen experts are the same, and so are the logits."""
+    model = make_decoder("threshold").train()
+    before = {number: layer.router.threshold.clone() for number, layer in model.moe_layers().items()}
+    for step in range(3):
+        ids = some_ids(4, 9, seed=step)
+        model.lm_loss_sum(ids[:, :-1], ids[:, 1:]).backward()
+        for layer in model.moe_layers().values():
+            assert layer.routing is not None and layer.routing.keep is not None
+            layer.router.after_step(layer.routing.keep.sum(0))
+    assert all(not torch.equal(layer.router.threshold, before[n]) for n, layer in model.moe_layers().items())
+    model.eval()
+    ids = some_ids(2, 9, seed=9)
+    whole = model(ids)
+    kept = {n: layer.routing.keep.view(2, 9, -1) for n, layer in model.moe_layers().items()}  # type: ignore[union-attr]
+    assert all(keep.any() and not keep.all() for keep in kept.values()), "some experts take a token and some do not"
+    cache = KVCache(3)
+    for position in range(9):
+        close(model(ids[:, position : position + 1], cache=cache)[:, 0], whole[:, position])
+        for number, layer in model.moe_layers().items():
+            assert torch.equal(layer.routing.keep, kept[number][:, position])  # type: ignore[union-attr]
+
+
 # --- generation
 
 
@@ -311,6 +375,11 @@ def test_summed_loss_equals_cross_entropy_of_the_logits(decoder: Decoder) -> Non
     labels = ids.roll(-1, 1)
     labels[:, -1] = -100
     labels[0, 4] = -100
+    mask = torch.arange(8) < torch.tensor([[8], [6]])
+    padded = F.cross_entropy(decoder(ids, docs, mask)[mask], labels[mask], ignore_index=-100, reduction="sum")
+    torch.testing.assert_close(
+        decoder.lm_loss_sum(ids, labels.masked_fill(~mask, -100), docs, mask), padded, rtol=1e-12, atol=0
+    )
     expected = F.cross_entropy(
         decoder(ids, doc_ids=docs).flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
     )

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,11 @@ def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_importing_the_module_needs_no_matplotlib() -> None:
     code = "import sys, moectl.reports.figures; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_marked_report_marks_its_figure_whatever_the_title(make_report: MakeReport, tmp_path: Path) -> None:
+    marked = replace(make_report(layers=1), marks=("non-causal",))
+    assert ">a run [non-causal]<" in routing_figure(marked, tmp_path / "a.svg", title="a run").read_text()
+    again = routing_figure(marked, tmp_path / "b.svg", title="a run [non-causal]").read_text()
+    assert again.count("[non-causal]") == 1
+    assert "non-causal" not in routing_figure(make_report(layers=1), tmp_path / "c.svg", title="a run").read_text()

@@ -160,3 +160,38 @@ def test_numbers_on_the_scale_are_readable(place: float) -> None:
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     contrast = 1.05 / (luminance + 0.05) if needs_light_text(rgb) else (luminance + 0.05) / 0.05
     assert contrast >= 4.5
+
+
+def test_dropped_assignments_have_a_column_where_there_are_any(make_report: MakeReport) -> None:
+    report = make_report(layers=2)
+    assert "dropped" not in printed(terminal.balance_table(report))
+    first, second = report.layers
+    total = int(first.load.counts.sum())
+    dropped = replace(first, dropped=(total // 10, 0, 0, total // 40, 0, 0, 0, 0))
+    text = printed(terminal.balance_table(replace(report, layers=(dropped, second))))
+    assert "dropped," in text and "past an expert's" in text
+    assert row(text, str(first.layer))[-1] == f"{100 * (total // 10 + total // 40) / total:.1f}" == "12.5"
+    assert row(text, str(second.layer))[-1] == "–"
+    assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_marks_stand_at_every_number_of_a_marked_report(make_report: MakeReport) -> None:
+    report = replace(make_report(layers=2), marks=("non-causal",))
+    titles = {
+        "Balance by layer, worst first": terminal.balance_table(report),
+        "Specialisation: normalised mutual information (NMI) of domain and expert": terminal.nmi_table(report),
+        "(uniform 12.5)": terminal.heat_map(report.layers[0], report),
+    }
+    for title, view in titles.items():
+        assert f"{title} [non-causal]" in " ".join(printed(view).split())  # a title longer than its table goes on below
+    lines = terminal.what_one_run_says(report)
+    assert all("[non-causal] is" in line for line in lines[:-1])
+    loss = LossReport(30.0, 10, 20, 3, None)
+    table = printed(terminal.loss_table(EvalReport(loss, {"code": loss}, 2, True, ("non-causal",))), 120)
+    assert table.splitlines()[0].rstrip().endswith("[non-causal]")
+    assert sum(line.lstrip().startswith(("code [non-causal]", "all [non-causal]")) for line in table.splitlines()) == 2
+    verdicts = over_seeds([report, report])
+    said = printed(terminal.verdict_table(verdicts, [0, 1], ["non-causal"]), 120)
+    assert said.splitlines()[0].rstrip().endswith("[non-causal]")
+    for view in (terminal.routing_report(make_report(layers=2)), terminal.verdict_table(verdicts, [0, 1])):
+        assert "non-causal" not in printed(view)

@@ -122,7 +122,7 @@ def test_a_router_that_returns_the_wrong_shape_is_named(home: Path, wrong: str, 
     (home / "mine.py").write_text(source, encoding="utf-8")
     with pytest.raises(ConfigError, match=said) as caught:
         start_run(experiment(home, moe={"router": {"name": "mine.py:Mine"}}), RunRequest())
-    assert "Mine.route()" in caught.value.message
+    assert "layer 0's router" in caught.value.message and "mine.py:Mine" in caught.value.message
 
 
 def test_a_noncausal_router_is_refused_before_a_run_is_made(home: Path) -> None:
@@ -212,7 +212,7 @@ def test_a_run_without_a_checkpoint_says_so(home: Path) -> None:
 
 
 def test_a_collapsed_run_has_ended(home: Path) -> None:
-    strict = {"max_share": 0.0, "patience": 1}
+    strict = {"max_share": 0.2501, "patience": 1}  # any load that is not exactly even
     train = {"early_stop": True, "check_every": 2, "collapse": strict}
     first = start_run(experiment(home, train=train), RunRequest())
     assert (first.status, first.exit_code, first.step) == ("collapsed", 3, 2)
