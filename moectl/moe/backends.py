@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moectl.moe.dispatch import Dispatch, combine
-from moectl.moe.expert_ops import Plan, Weights, experts_op
+from moectl.moe.expert_ops import Plan, experts_op
 from moectl.moe.grad_buffers import ComputeIntoBuffers, takes_buffers
 from moectl.moe.grouped_mm import compute_grouped_mm, grouped_mm_takes
 from moectl.moe.products import cast_for_autocast
@@ -48,9 +48,9 @@ def run_full(experts: Experts, x_TD: Tensor, plan: Dispatch) -> Tensor:
 
 def run_grouped(experts: Experts, x_TD: Tensor, plan: Dispatch) -> Tensor:
     """Contiguous segments, one product each: torch's grouped kernel on CUDA in bfloat16, else our own operator."""
-    parameters = experts.stacked()
-    x_TD, *cast = cast_for_autocast(x_TD, *parameters)
-    weights, routes = Weights(*cast), Plan(plan.token_ids, plan.weights, plan.tokens_per_expert)
+    # The operator casts an expert's weights when their turn comes: those of idle experts are not touched.
+    x_TD, weights = cast_for_autocast(x_TD), experts.stacked()
+    routes = Plan(plan.token_ids, plan.weights, plan.tokens_per_expert)
     if grouped_mm_takes(x_TD, weights):
         return compute_grouped_mm(x_TD, weights, routes, experts.activation)
     keep = torch.is_grad_enabled() and any(

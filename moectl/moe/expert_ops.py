@@ -6,9 +6,10 @@ not the output (``w · down(a) = down(w · a)``), so that its gradient needs no 
 token's experts are summed in float32 or above.
 
 torch sees two opaque operators, ``moectl::experts`` and ``moectl::experts_backward``, with fake
-implementations: a compiled graph holds them whole, whatever the counts are. One host sync per call, to
-read the counts. Shape suffixes: T tokens, D hidden, E experts, F expert intermediate, H pre-activation
-columns (F, or 2F when gated), A assignments sorted by expert, N rows of one expert.
+implementations: a compiled graph holds them whole, whatever the counts are. Each reads the counts on the
+host before it starts, and waits for nothing after that. Shape suffixes: T tokens, D hidden, E experts,
+F expert intermediate, H pre-activation columns (F, or 2F when gated), A assignments sorted by expert, N
+rows of one expert.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from moectl.moe.activations import ACTIVATIONS
 from moectl.moe.parallel import shares, side_by_side
-from moectl.moe.products import outer_product, product_dtype, times, times_transposed
+from moectl.moe.products import outer_product, product_dtype, times, times_transposed, without_autocast
 from moectl.moe.router import at_least_float32
 
 
@@ -36,6 +37,10 @@ class Weights(NamedTuple):
     down: Tensor
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> Weights:
+        biases = (None if bias is None else bias.to(dtype) for bias in (self.up_bias, self.down_bias))
+        return Weights(self.up.to(dtype), self.down.to(dtype), *biases)
 
 
 class Plan(NamedTuple):
@@ -97,7 +102,8 @@ def compute(x_TD: Tensor, weights: Weights, plan: Plan, activation: str, keep: b
                 kept[segment.expert] = pre_NH.to(x_TD.dtype)
         return y_TD, kept
 
-    parts = side_by_side([partial(run, group) for group in _shares(segments, weights, x_TD)])
+    with without_autocast(x_TD.device.type):
+        parts = side_by_side([partial(run, group) for group in _shares(segments, weights, x_TD)])
     y_TD, kept = _sum([part[0] for part in parts]), _merged([part[1] for part in parts])
     return y_TD.to(x_TD.dtype), [kept[segment.expert] for segment in segments] if keep else []
 
@@ -128,7 +134,7 @@ def differentiate(
     slots: Slots,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``x [T, D]`` and of the combine weights ``[A]``; those of the experts go into their slots."""
-    segments, grad_TD = plan.segments(), grad_TD.contiguous()
+    segments = plan.segments()
     saved = {segment.expert: pre_NH for segment, pre_NH in zip(segments, kept, strict=True)}
 
     def run(group: list[Segment]) -> tuple[Tensor, dict[int, Tensor]]:
@@ -141,7 +147,7 @@ def differentiate(
         return grad_x_TD, found
 
     parts = side_by_side([partial(run, group) for group in _shares(segments, weights, x_TD)])
-    zero_idle(plan, slots)
+    _zero_idle(segments, slots)
     found = _merged([part[1] for part in parts])
     grad_weights = [found[segment.expert].to(plan.weights.dtype) for segment in segments]
     return _sum([part[0] for part in parts]).to(x_TD.dtype), _padded(grad_weights, plan.weights)
@@ -207,12 +213,13 @@ def _padded(parts: list[Tensor], like: Tensor) -> Tensor:
     return torch.cat([*parts, torch.zeros_like(like[covered:])])
 
 
-def zero_idle(plan: Plan, slots: Slots) -> None:
+def _zero_idle(segments: list[Segment], slots: Slots) -> None:
     """Zero gradients for the experts without a token, where nothing is there to be kept."""
-    idle = [expert for expert, count in enumerate(plan.tokens_per_expert.tolist()) if count == 0]
+    busy = {segment.expert for segment in segments}
     for slot in slots.values():
-        for expert in idle if not slot.add else ():
-            slot.grad[expert].zero_()
+        if not slot.add:
+            for expert in set(range(slot.grad.shape[0])) - busy:
+                slot.grad[expert].zero_()
 
 
 def _exact(x: Tensor) -> torch.dtype:

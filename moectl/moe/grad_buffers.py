@@ -6,6 +6,7 @@ than twice what writing into known ones does, and autograd may add them to ``.gr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,12 +21,14 @@ class GradBuffers:
 
     A backward writes into the buffer and makes it the parameter's ``.grad`` where that is None, and
     adds to ``.grad`` where it is not: ``zero_grad``, clipping, accumulation over micro-batches and
-    optimizers see what they always see. ``torch.autograd.grad`` sees no gradient for these
-    parameters, and hooks on them do not run: parameters with hooks take the ordinary way.
+    optimizers see what they always see. A gradient that someone still holds after ``zero_grad`` stays
+    theirs: the next backward takes another buffer. ``torch.autograd.grad`` sees no gradient for these
+    parameters, ``backward(inputs=...)`` does not leave them out, and hooks on them do not run:
+    parameters with hooks take the ordinary way.
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}  # nobody else has these tensors; ``.grad`` gets another view of each
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradBuffers:
         """A copy has its own gradients."""
@@ -34,26 +37,36 @@ class GradBuffers:
     def __getstate__(self) -> dict[str, Any]:
         return {"_buffers": {}}
 
-    def slots(self, parameters: Weights) -> dict[str, Slot]:
-        """Where the gradients of these parameters go now."""
+    def slots(self, parameters: Weights, needed: Sequence[bool]) -> dict[str, Slot]:
+        """Where gradients go now, of those parameters that ``needed`` one in the forward and still require it."""
         found = {}
-        for name, parameter in parameters._asdict().items():
-            if parameter is None or not parameter.requires_grad:
+        for (name, parameter), need in zip(parameters._asdict().items(), needed, strict=True):
+            if not need or not parameter.requires_grad:
                 continue
             if parameter.grad is not None:
                 found[name] = Slot(parameter.grad, add=True)
-                continue
-            buffer = self._buffers.get(name)
-            if buffer is None or (buffer.shape, buffer.dtype, buffer.device) != (
-                parameter.shape,
-                parameter.dtype,
-                parameter.device,
-            ):
-                buffer = torch.empty_like(parameter, requires_grad=False, memory_format=torch.contiguous_format)
-                self._buffers[name] = buffer
-            parameter.grad = buffer
-            found[name] = Slot(buffer, add=False)
+            else:
+                parameter.grad = self._buffer(name, parameter).detach()
+                found[name] = Slot(parameter.grad, add=False)
         return found
+
+    def _buffer(self, name: str, like: Tensor) -> Tensor:
+        """The buffer of this name, or a fresh one if it does not fit or someone holds on to its memory."""
+        buffer = self._buffers.get(name)
+        if (
+            buffer is None
+            or (buffer.shape, buffer.dtype, buffer.device) != (like.shape, like.dtype, like.device)
+            or _holders(buffer) > 1
+        ):
+            buffer = torch.empty_like(like, requires_grad=False, memory_format=torch.contiguous_format)
+            self._buffers[name] = buffer
+        return buffer
+
+
+def _holders(tensor: Tensor) -> int:
+    """How many tensors share this one's memory, itself included."""
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) - 1  # without ``storage``
 
 
 def takes_buffers(parameters: Weights) -> bool:
@@ -87,6 +100,7 @@ class ComputeIntoBuffers(torch.autograd.Function):
         x, token_ids, tokens_per_expert, weights_A, *saved = ctx.saved_tensors
         fields = len(Weights._fields)
         parameters, kept = Weights(*saved[:fields]), saved[fields:]
+        needed = ctx.needs_input_grad[-fields:]
         grad_x, grad_weights = differentiate(
             grad,
             x,
@@ -94,6 +108,6 @@ class ComputeIntoBuffers(torch.autograd.Function):
             parameters,
             Plan(token_ids, weights_A, tokens_per_expert),
             activation=ctx.activation,
-            slots=ctx.buffers.slots(ctx.parameters),
+            slots=ctx.buffers.slots(ctx.parameters, needed),
         )
         return grad_x, None, None, None, grad_weights, *[None] * fields

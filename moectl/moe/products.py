@@ -9,8 +9,9 @@ features, O output features, P piece.
 from __future__ import annotations
 
 import functools
+import platform
 import warnings
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 FEW_ROWS = range(4, 192)
 MANY_WEIGHTS = 2**18  # elements of one expert's matrix: a megabyte in float32
+MANY_TOKENS = 32  # of one call: more than decoding has
 PIECE = 128
 PAGE = 4096  # bytes
 
@@ -25,35 +27,43 @@ PAGE = 4096  # bytes
 @functools.cache
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX, or ARM's BF16)."""
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        return True
-    machine = torch.backends.cpu.get_cpu_capability()
-    return machine.startswith(("SVE", "DEFAULT")) and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        # Only here: on x86 it says yes to AVX512 alone, with which oneDNN emulates bfloat16.
+        return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def product_dtype(x: Tensor, *, training: bool) -> torch.dtype:
+def product_dtype(x_TD: Tensor, *, training: bool) -> torch.dtype:
     """The dtype to multiply ``x`` in: its own, but float32 where a CPU has no instructions for it.
 
-    Without them a bfloat16 product is about ten times slower than converting one expert's weights and
-    multiplying in float32. In decoding (a row or two) the conversion would cost more than it saves.
+    Without them a bfloat16 product takes about ten times as long as converting one expert's weights
+    and multiplying in float32, or thirty in a backward. In decoding, a few tokens at a time, the
+    conversion would cost more than it saves.
     """
-    lower = x.dtype in (torch.bfloat16, torch.float16)
-    if training and lower and x.device.type == "cpu" and not (x.dtype == torch.bfloat16 and cpu_has_bfloat16()):
-        return torch.float32
-    return x.dtype
+    lower = x_TD.dtype in (torch.bfloat16, torch.float16) and x_TD.device.type == "cpu"
+    native = x_TD.dtype == torch.bfloat16 and cpu_has_bfloat16() and torch.backends.mkldnn.enabled
+    return torch.float32 if lower and not native and (training or x_TD.shape[0] >= MANY_TOKENS) else x_TD.dtype
 
 
-def cast_for_autocast(x: Tensor, *others: Tensor | None) -> list[Any]:
-    """The tensors in the autocast dtype where autocast is on (it spares float64), else as they are.
+def cast_for_autocast(x: Tensor) -> Tensor:
+    """``x`` in the autocast dtype where autocast is on (it spares float64), else as it is.
 
     Warns once where autocast asks a CPU for bfloat16 that it has no instructions for.
     """
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
-        return [x, *others]
-    dtype = torch.get_autocast_dtype(x.device.type)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x
+    dtype = torch.get_autocast_dtype(device)
+    if device == "cpu" and not torch.compiler.is_compiling():
         _warn_slow_autocast(dtype)
-    return [None if tensor is None else tensor.to(dtype) for tensor in (x, *others)]
+    return x.to(dtype)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[None]:
+    """For products whose dtype is chosen already: autocast would choose again."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()  # entering torch's costs a decoding step some 15 µs
 
 
 @functools.cache

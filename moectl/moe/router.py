@@ -6,7 +6,8 @@ Shape suffixes: B batch, S sequence, T tokens, D hidden, E experts, K slots per 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_origin
 
 import torch
@@ -96,7 +97,8 @@ class Router(nn.Module, ABC):
     def check_top_k(self, k: int) -> None:
         """Raise ValueError unless ``k`` experts per token can be had. Called before a subclass's own set-up."""
         if not 1 <= k <= self.num_experts:
-            raise ValueError(f"top_k is {k}, but there are {self.num_experts} experts: choose 1 to {self.num_experts}")
+            there = "is 1 expert" if self.num_experts == 1 else f"are {self.num_experts} experts"
+            raise ValueError(f"top_k is {k}, but there {there}: choose 1 to {self.num_experts}")
 
     def set_schedule(self, total_steps: int) -> None:
         """Told once how many optimizer steps the run has (for annealing)."""
@@ -142,7 +144,8 @@ class Router(nn.Module, ABC):
         """
         field = type(self.config).model_fields.get("top_k")
         if field is None or get_origin(field.annotation) is Literal:
-            raise ConfigError(f"{self.label} does not let top_k be chosen", "Use the router 'topk'.")
+            hint = "Use the router 'topk', or leave moe.schedule.top_k away."
+            raise ConfigError(f"{self.label} does not let top_k be chosen", hint)
         self.check_top_k(k)
         self._scheduled_top_k = k
 
@@ -178,17 +181,32 @@ class Router(nn.Module, ABC):
             check_values(out, self.label, inputs=(x_TD, *self.parameters()))
         return out
 
+    def end_step(self, load_E: Tensor, *, tokens: int) -> None:
+        """:meth:`after_step`, after an optimizer step over ``tokens`` real tokens.
+
+        Raises:
+            RouterError: :meth:`after_step` raised.
+        """
+        self.step_tokens = tokens
+        with self._named_errors("after_step"):
+            self.after_step(load_E)
+
     def _call_route(self, x_TD: Tensor, mask_T: Tensor | None) -> RouterOutput:
-        """:meth:`route`, whatever it raises made an error that names this router."""
         if torch.compiler.is_compiling():
             return self.route(x_TD, mask_T)
-        try:
+        with self._named_errors("route"):
             return self.route(x_TD, mask_T)
+
+    @contextmanager
+    def _named_errors(self, method: str) -> Iterator[None]:
+        """Whatever ``method`` raises within becomes an error that names this router."""
+        try:
+            yield
         except Exception as error:
             # torch raises for control flow too: checkpointing ends a recomputation early, memory may run out.
             if isinstance(error, MoectlError) or type(error).__module__.partition(".")[0] == "torch":
                 raise
-            raise RouterError(f"{self.label}: route() raised {type(error).__name__}: {error}") from error
+            raise RouterError(f"{self.label}: {method}() raised {type(error).__name__}: {error}") from error
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Moves and casts as any module does, but floating-point buffers keep their dtype.

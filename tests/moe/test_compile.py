@@ -75,6 +75,28 @@ def test_every_router_compiles_whole(router: str, training: bool) -> None:
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("experts", [GatedExperts, MLPExperts])
+def test_autocast_compiles_whole(experts: type[Any]) -> None:
+    """The same operator calls as in eager mode; bfloat16 keeps 8 bits."""
+    model = layer(experts=experts).eval()
+
+    def low(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def cast(x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return call(x)
+
+        return cast
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(low(model), fullgraph=True, backend=counter)
+    for tokens in COUNTS[::4]:
+        mine, eager = run(compiled, model, tokens, torch.float32), run(low(model), model, tokens, torch.float32)
+        assert mine[0].dtype == torch.bfloat16
+        for one, other in zip(mine, eager, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=2.0**-7 * other.abs().max().item())
+    assert counter.frame_count <= 2
+
+
 def test_inductor_too() -> None:
     """What users get from ``torch.compile`` alone; in eval, because its random numbers are its own."""
     model = layer().eval()

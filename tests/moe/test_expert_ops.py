@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moectl.moe import Experts, products
+from moectl.moe import Experts, MLPExperts, products
 from moectl.moe.dispatch import Dispatch, dispatch
 from moectl.moe.expert_ops import experts_op
 from tests.moe.reference import EXPERTS, HIDDEN, Case, by_hand, cases, gradients, make_experts, mixture_by_token
@@ -131,12 +131,12 @@ def test_buffers_are_taken_again_after_zero_grad_and_not_when_grad_is_someone_el
     experts, x, plan = problem("gated")
     experts.accumulate_gradients_in_place()
     experts(x, plan).sum().backward(retain_graph=True)
-    first = experts.down_proj.grad
-    assert first is not None
+    assert experts.down_proj.grad is not None
+    first = experts.down_proj.grad.data_ptr()
     experts.zero_grad(set_to_none=True)
     experts(x, plan).sum().backward(retain_graph=True)
     assert experts.down_proj.grad is not None
-    assert experts.down_proj.grad.data_ptr() == first.data_ptr()
+    assert experts.down_proj.grad.data_ptr() == first
     once = experts.down_proj.grad.clone()
     own = torch.ones_like(once)
     experts.down_proj.grad = own
@@ -229,6 +229,22 @@ def test_bfloat16_on_either_cpu(kind: str, in_place: bool, supported: bool, monk
         torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=0.03 * theirs.detach().abs().max().item())
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_tokens_experts_are_summed_in_float32(in_place: bool) -> None:
+    """256 + 8 · 0.5: in bfloat16 each half would be lost. Outputs by their biases, gradients by the matrices."""
+    experts = MLPExperts(9, 1, 1).bfloat16()
+    values = torch.tensor([256.0] + [0.5] * 8)
+    with torch.no_grad():
+        experts.up_proj[:, 0, 0], experts.up_proj_bias[:] = values.bfloat16(), 10.0  # where gelu is the identity
+        experts.down_proj[:], experts.down_proj_bias[:, 0] = 1.0, (values - 10).bfloat16()
+    experts.accumulate_gradients_in_place(in_place)
+    x = torch.zeros(2, 1, dtype=torch.bfloat16).requires_grad_()
+    out = experts(x, dispatch(by_hand(torch.arange(9).repeat(2, 1), torch.ones(2, 9), 9)))
+    out.sum().backward()
+    assert out.tolist() == [[260.0]] * 2
+    assert x.grad is not None and x.grad.tolist() == [[260.0]] * 2
+
+
 @pytest.mark.parametrize("tokens", range(1, 9))
 def test_decoding_touches_only_the_chosen_experts(tokens: int) -> None:
     """The weights of all others are NaN here."""
@@ -241,6 +257,83 @@ def test_decoding_touches_only_the_chosen_experts(tokens: int) -> None:
         routing = by_hand(indices, torch.rand(tokens, 2, dtype=torch.float64), 16)
         out = experts(x, dispatch(routing))
     torch.testing.assert_close(out, mixture_by_token(x, routing, experts).detach(), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_autocast_casts_only_the_chosen_experts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token; whatever is read of another expert would show, and so would a cast of everything."""
+    experts = make_experts(kind, 16).float()
+    cast: list[int] = []
+    real = Tensor.to
+    monkeypatch.setattr(
+        Tensor, "to", lambda self, *args, **options: (cast.append(self.numel()), real(self, *args, **options))[1]
+    )
+    x, weights = torch.randn(1, HIDDEN), torch.rand(1, 2)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert experts(x, dispatch(by_hand(torch.tensor([[3, 11]]), weights, 16))).dtype == torch.bfloat16
+    assert 0 < max(cast) <= max(parameter[0].numel() for parameter in experts.parameters())
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_autocast_does_not_reach_into_the_operator(
+    kind: str, low: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without bfloat16 instructions, training multiplies in float32 all the same: pre-activations round once, to 2⁻⁸.
+
+    Outputs and gradients as the same operator gives them for the same low-precision input, bit for bit.
+    """
+    monkeypatch.setattr(products, "cpu_has_bfloat16", lambda: False)
+    experts, x, plan = problem(kind, torch.float32)
+    plan = plan._replace(weights=plan.weights.detach().float())
+    results = []
+    for autocast in (True, False):
+        with torch.autocast("cpu", dtype=low, enabled=autocast):
+            out = experts(x if autocast else x.to(low), plan)
+        assert out.dtype == low
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), (x, *experts.parameters()))])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+    assert all(grad.dtype == torch.float32 for grad in results[0][1:])
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_shapes_without_data(kind: str) -> None:
+    """On the meta device, as tools that only measure a model run it."""
+    experts, x, plan = problem(kind)
+    on_meta = plan._replace(
+        **{name: getattr(plan, name).detach().to("meta") for name in ("token_ids", "weights", "tokens_per_expert")}
+    )
+    out = experts.to("meta")(x.detach().to("meta").requires_grad_(), on_meta)
+    out.sum().backward()
+    assert out.shape == x.shape and out.is_meta
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in experts.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", EXPERTS)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_combine_weights_of_any_dtype(kind: str, dtype: torch.dtype, weight_dtype: torch.dtype, in_place: bool) -> None:
+    """Every gradient has the dtype of what it belongs to; 3 % of the largest value in the lower precisions."""
+    experts, x, plan = problem(kind, dtype)
+    experts.accumulate_gradients_in_place(in_place)
+    weights = plan.weights.detach().to(weight_dtype).requires_grad_()
+    exact = make_experts(kind, 4, backend="loop")
+    exact.load_state_dict(experts.state_dict())
+    exact_x, exact_weights = (leaf.detach().double().requires_grad_() for leaf in (x, weights))
+    out = experts(x, plan._replace(weights=weights))
+    reference = exact(exact_x, plan._replace(weights=exact_weights))
+    out.backward(torch.ones_like(out))
+    reference.backward(torch.ones_like(reference))
+    pairs = [(out, reference), (x.grad, exact_x.grad), (weights.grad, exact_weights.grad)]
+    pairs += [(mine.grad, theirs.grad) for mine, theirs in zip(experts.parameters(), exact.parameters(), strict=True)]
+    assert [mine.dtype for mine, _ in pairs if mine is not None] == [dtype, dtype, weight_dtype] + [dtype] * (
+        len(pairs) - 3
+    )
+    for mine, theirs in pairs:
+        assert mine is not None and theirs is not None
+        torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=0.03 * theirs.detach().abs().max().item())
 
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

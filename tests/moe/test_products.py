@@ -62,8 +62,11 @@ def test_low_precision_is_multiplied_in_float32_only_where_it_must_be(
     assert product_dtype(torch.empty(1, dtype=torch.float16), training=True) == torch.float32
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         assert product_dtype(torch.empty(1, dtype=dtype), training=False) == dtype
+    assert product_dtype(torch.empty(products.MANY_TOKENS, dtype=torch.bfloat16), training=False) == low
     for dtype in (torch.float32, torch.float64):
         assert product_dtype(torch.empty(1, dtype=dtype), training=True) == dtype
+    with torch.backends.mkldnn.flags(enabled=False):  # who turns oneDNN off turns those instructions off
+        assert product_dtype(torch.empty(1, dtype=torch.bfloat16), training=True) == torch.float32
 
 
 @pytest.mark.parametrize("supported", [True, False])
@@ -73,19 +76,38 @@ def test_autocast_warns_once_on_a_cpu_without_bfloat16(supported: bool, monkeypa
     x = torch.randn(2, 3)
     with warnings.catch_warnings(record=True) as caught, torch.autocast("cpu", dtype=torch.bfloat16):
         warnings.simplefilter("always")
-        cast = [products.cast_for_autocast(x, None, x)[index] for index in (0, 1, 2) for _ in range(2)]
-    assert [tensor if tensor is None else tensor.dtype for tensor in cast[::2]] == [
-        torch.bfloat16,
-        None,
-        torch.bfloat16,
-    ]
+        assert [products.cast_for_autocast(x).dtype for _ in range(2)] == [torch.bfloat16] * 2
     assert len(caught) == (0 if supported else 1)
     assert supported or "Train in float32" in str(caught[0].message)
     products._warn_slow_autocast.cache_clear()
 
 
 def test_without_autocast_nothing_is_cast() -> None:
-    x, none = torch.randn(2, 3), None
-    assert products.cast_for_autocast(x, none) == [x, None]
+    x = torch.randn(2, 3)
+    assert products.cast_for_autocast(x) is x
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert products.cast_for_autocast(x.double())[0].dtype == torch.float64
+        assert products.cast_for_autocast(x.double()).dtype == torch.float64
+        nowhere = torch.empty(2, 3, device="meta")  # a device that has no autocast
+        assert products.cast_for_autocast(nowhere) is nowhere
+
+
+@pytest.mark.parametrize(
+    ("machine", "avx512", "amx", "arm", "mkldnn", "expected"),
+    [
+        ("x86_64", True, False, True, True, True),
+        ("AMD64", False, True, True, True, True),
+        ("x86_64", False, False, True, True, False),  # AVX512 without bfloat16: oneDNN emulates it
+        ("aarch64", False, False, True, True, True),
+        ("aarch64", False, False, False, True, False),
+        ("arm64", False, False, True, False, False),  # torch without oneDNN
+    ],
+)
+def test_which_cpus_have_bfloat16(
+    machine: str, avx512: bool, amx: bool, arm: bool, mkldnn: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: mkldnn)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: arm)
+    assert products.cpu_has_bfloat16.__wrapped__() is expected

@@ -331,6 +331,7 @@ def test_gradient_buffers_change_nothing_but_where_gradients_lie(
         grad = kept.layers[0].experts.gate_up_proj.grad
         assert isinstance(grad, torch.Tensor)
         places.add(grad.data_ptr())
+        del grad  # a gradient that someone holds is not overwritten: the next step would take another buffer
     assert_equal(weights(kept), weights(fresh))
     assert backend == "loop" or len(places) == 1, "one buffer for all steps"
 
@@ -492,6 +493,49 @@ def test_a_router_that_does_not_work_is_named_before_anything_is_saved(
     assert caught.value.exit_code == 2
     assert checkpoint_steps(tmp_path / "checkpoints") == []
     assert trainer.logger.rows == []  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (
+            "probs = probs + probs.mean(0); out = out._replace(topk_weights=probs.gather(1, chosen))",
+            "causal = True, but",
+        ),
+        ("out = out._replace(topk_weights=torch.ones_like(out.topk_weights))", "no language-model gradient"),
+    ],
+    ids=["sees-later-tokens", "constant-weights"],
+)
+def test_a_router_that_is_not_what_it_declares_is_refused_before_anything_is_saved(
+    experiment: Make, dataset: PackedDataset, tmp_path: Path, spoil: str, named: str
+) -> None:
+    """Declared otherwise, the same router trains."""
+    text = BAD_ROUTER.replace("{spoil}", spoil)
+    (tmp_path / "false.py").write_text(text)
+    (tmp_path / "true.py").write_text(text.replace("(Router):", "(Router):\n    causal = learns = False\n"))
+    for name, refused in (("false", True), ("true", False)):
+        config = experiment(
+            moe={"router": {"name": f"{tmp_path / name}.py:Bad"}, "layers": "1"},
+            train={"steps": 4, "allow_noncausal": True},
+        )
+        trainer = make_trainer(config, dataset, tmp_path / name)
+        if not refused:
+            assert trainer.train().status == "finished"
+            continue
+        with pytest.raises(ConfigError, match=named) as caught:
+            trainer.train()
+        assert "layer 1" in caught.value.message
+        assert checkpoint_steps(tmp_path / name) == []
+
+
+def test_what_a_router_raises_at_the_end_of_a_step_names_it(
+    experiment: Make, dataset: PackedDataset, tmp_path: Path
+) -> None:
+    text = BAD_ROUTER.replace("{spoil}", "") + "\n    def after_step(self, load_E): raise RuntimeError('boom')\n"
+    (tmp_path / "late.py").write_text(text)
+    config = experiment(moe={"router": {"name": f"{tmp_path / 'late.py'}:Bad"}, "layers": "1"})
+    with pytest.raises(RouterError, match=r"layer 1's router .*late\.py:Bad.*after_step\(\) raised RuntimeError: boom"):
+        make_trainer(config, dataset, tmp_path / "checkpoints").train()
 
 
 def test_a_router_that_breaks_later_is_named_and_the_last_checkpoint_stays(
