@@ -68,6 +68,8 @@ class TrainingStep:
     def __init__(self, model: Decoder, moe: MoEConfig | None, work: Workload) -> None:
         self.model, self.moe, self.work = model.train(), moe, work
         self.optimizer = build_optimizer(model, OptimConfig())
+        for layer in model.moe_layers().values():
+            layer.experts.accumulate_gradients_in_place()
 
     def __call__(self) -> None:
         ids, docs, domains = self.work
