@@ -62,6 +62,18 @@ class RouterEntry(NamedTuple):
         """The class's name in its module; extras in brackets, which a target may end in, are left away."""
         return self.target.partition(":")[2].partition("[")[0].strip()
 
+    @property
+    def clash(self) -> str | None:
+        """Who claims the name, where it is more than one."""
+        return f"claimed by {' and by '.join((self.distribution, *self.rivals))}" if self.rivals else None
+
+    @property
+    def surplus(self) -> str:
+        """What to uninstall, so that one claimant is left: moectl itself, where it is among them."""
+        claimants = (self.distribution, *self.rivals)
+        others = [distribution for distribution in claimants if distribution != OWN]
+        return f"{'' if OWN in claimants else 'all but one of '}{', '.join(others)}"
+
 
 def router_entries() -> dict[str, RouterEntry]:
     """Name -> entry, moectl's own first, then by name. Reads metadata only, and never fails."""
@@ -84,15 +96,14 @@ def router_entry(name: str) -> RouterEntry:
     """
     entries = router_entries()
     entry = entries.get(name)
+    if entry is None and "/" in name:
+        raise ConfigError(f"unknown router '{name}'", "A router in a file is named path/to/file.py:ClassName.")
     if entry is None:
         raise unknown("router", name, entries)
-    claimants = (entry.distribution, *entry.rivals)
     if entry.rivals:
-        others = [distribution for distribution in claimants if distribution != OWN]
-        one = others[0] if OWN in claimants and len(others) == 1 else f"all but one of {', '.join(others)}"
         raise ConfigError(
-            f"the router name '{name}' is claimed by {' and by '.join(claimants)}",
-            f"Uninstall {one}, or name the one you mean as path/to/module.py:Class.",
+            f"the router name '{name}' is {entry.clash}",
+            f"Uninstall {entry.surplus}, or name the one you mean as path/to/module.py:Class.",
         )
     return entry
 

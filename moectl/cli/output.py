@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 PLAIN_LINE_EVERY_S = 5.0
+PIPED_WIDTH, UNWRAPPED = 120, 10_000
 _NOTHING = "–"
 _STYLES = {"warning": "bold yellow", "error": "bold red", "hint": "cyan"}
 
@@ -140,17 +141,25 @@ class Output:
         parts.append(view)
         if caption is not None:
             parts.append(Text(caption, style="dim"))
-        console = _console(sys.stdout, piped_width=10_000)
+        self._print(parts, UNWRAPPED)
+
+    def render(self, renderable: RenderableType, *, piped_width: int = PIPED_WIDTH) -> None:
+        """Print any rich renderable to stdout (heat-maps, panels).
+
+        Args:
+            renderable: what to print.
+            piped_width: of a line where there is no terminal; ``UNWRAPPED`` wraps nothing.
+        """
+        self._print([renderable], piped_width)
+
+    def _print(self, parts: Sequence[RenderableType], piped_width: int) -> None:
+        console = _console(sys.stdout, piped_width)
         if console.is_terminal:
             console.print(*parts, sep="\n")
             return
         with console.capture() as captured:
             console.print(*parts, sep="\n")
         self.data("\n".join(line.rstrip() for line in captured.get().splitlines()))
-
-    def render(self, renderable: RenderableType) -> None:
-        """Print any rich renderable to stdout (heat-maps, panels)."""
-        _console(sys.stdout).print(renderable)
 
     # talk: stderr
 
@@ -200,7 +209,7 @@ class Output:
         console.print(Text.assemble(*((text, style or "") for text, style in parts)), soft_wrap=True)
 
 
-def _console(stream: TextIO, piped_width: int = 120) -> Console:
+def _console(stream: TextIO, piped_width: int = PIPED_WIDTH) -> Console:
     """A console for a stream; ``piped_width`` stands in where there is no terminal to ask."""
     from rich.console import Console
 

@@ -36,7 +36,7 @@ def ls(
     listed = []
     for name, entry in entries.items():
         read = reading(entry)
-        problem = tried.get(name) or read.problem or _clash(entry)
+        problem = entry.clash or tried.get(name) or read.problem
         loads = (problem is None) if check else None
         listed.append({**entry._asdict(), "summary": read.summary, "problem": problem, "loads": loads})
     if json_:
@@ -44,9 +44,9 @@ def ls(
     else:
         rows = [(each["name"], _package(each), _what(each)) for each in listed]
         out().table(None, ("router", "package", "what it does"), rows)
-        for each in listed:
-            if each["rivals"]:
-                out().warn(f"'{each['name']}' is {each['problem']}: uninstall all but one")
+        for entry in entries.values():
+            if entry.rivals:
+                out().warn(f"'{entry.name}' is {entry.clash}: uninstall {entry.surplus}")
     if check:
         broken = [str(each["name"]) for each in listed if each["problem"]]
         if broken:
@@ -111,7 +111,9 @@ def check(
         out().data({**report._asdict(), "ok": report.ok, "checks": [each._asdict() for each in report.checks]})
     else:
         title = f"{name}  (D = {hidden_size}, E = {num_experts}{''.join(f', {k}={v}' for k, v in options.items())})"
-        out().table(title, ("check", "result", "evidence"), report.checks)
+        # A check that could not be run has nothing to say; the summary counts it.
+        rows = [each for each in report.checks if not each.says.startswith("not run, because")]
+        out().table(title, ("check", "result", "evidence"), rows)
         out().say(report.summary())
     if not report.ok:
         failed = ", ".join(each.name for each in report.failed)
@@ -153,10 +155,6 @@ def _try(entries: list[RouterEntry]) -> dict[str, str | None]:
     with out().progress("importing packages", total=packages) as bar:
         started = iter(range(packages))
         return try_entries(alone, tried=lambda package: bar.update(next(started), note=package))
-
-
-def _clash(entry: RouterEntry) -> str | None:
-    return f"claimed by {' and by '.join((entry.distribution, *entry.rivals))}" if entry.rivals else None
 
 
 def _what(entry: dict[str, Any]) -> str | None:

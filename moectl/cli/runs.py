@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moectl.cli.output import out
+from moectl.cli.output import UNWRAPPED, out
 
 app = typer.Typer(help="List, show, compare and re-index what was run.", no_args_is_help=True)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
@@ -35,7 +35,7 @@ def ls(
     if as_json:
         out().data({"runs": [entry.to_dict() for entry in entries]})
     elif entries:
-        out().render(runs_view.listing(entries))
+        out().render(runs_view.listing(entries), piped_width=UNWRAPPED)
     elif status or router:
         out().say("No run fits.")
     else:
@@ -58,7 +58,7 @@ def show(
     if as_json:
         out().data(found)
         return
-    out().render(runs_view.description(found))
+    out().render(runs_view.description(found), piped_width=UNWRAPPED)
 
 
 @app.command("compare")
@@ -78,7 +78,7 @@ def compare(
     if as_json:
         out().data(result.to_dict())
     else:
-        out().render(runs_view.comparison(result))
+        out().render(runs_view.comparison(result), piped_width=UNWRAPPED)
 
 
 @app.command("reindex")

@@ -1,9 +1,10 @@
-"""How ``moectl runs`` looks in a terminal. Off a terminal nothing is wrapped (see ``output``)."""
+"""How ``moectl runs`` looks in a terminal. Off a terminal no line is wrapped."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -22,10 +23,11 @@ _SHOWN_EVENTS = 12
 
 
 def listing(entries: Sequence[Entry]) -> RenderableType:
-    """``runs ls``: a line per run."""
-    table = _table(["run", "status", "router", "seed", "steps", "tokens", "LM loss", "commit", "age"])
+    """``runs ls``: a line per run. Where the terminal is too narrow, its router is broken, and never its name."""
+    table = _table(["run", "status", "router", "seed", "steps", "tokens", "LM loss", "commit", "age"], wrapped="router")
     for entry in entries:
-        kind = " ".join(dict.fromkeys(part for part in (entry.preset, entry.router) if part)) or "dense"
+        router = None if entry.router is None else Path(entry.router).name  # of path/to/file.py:Class, file.py:Class
+        kind = " ".join(dict.fromkeys(part for part in (entry.preset, router) if part)) or "dense"
         _add(
             table,
             entry.id,
@@ -61,7 +63,7 @@ def description(found: Mapping[str, Any]) -> RenderableType:
                 "folder": f"{found['folder']} ({_compact(found['size_bytes'])}B)",
             },
         ),
-        ("What", take("preset", "router", "moe", "seed", "data", "base", "parameters")),
+        ("What", take("kind", "preset", "router", "moe", "seed", "data", "base", "parameters")),
         (
             "Where from",
             {
@@ -137,13 +139,13 @@ def _configurations(groups: Sequence[Configuration]) -> Table:
     return table
 
 
-def _table(columns: Sequence[str], numbers: Iterable[str] = ()) -> Table:
+def _table(columns: Sequence[str], numbers: Iterable[str] = (), wrapped: str | None = None) -> Table:
+    """An empty table; one column may be wrapped where a line is too short, the first if no other is named."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     right = _NUMBERS | set(numbers)
-    for index, column in enumerate(columns):
-        table.add_column(
-            Text(column), justify="right" if column in right else "left", overflow="fold", no_wrap=index > 0
-        )
+    for column in columns:
+        no_wrap = column != (wrapped or columns[0])
+        table.add_column(Text(column), justify="right" if column in right else "left", overflow="fold", no_wrap=no_wrap)
     return table
 
 

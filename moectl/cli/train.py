@@ -119,7 +119,9 @@ def balance_note(values: Mapping[str, float]) -> str:
     where = (
         f"layer {values['balance/worst_layer']:.0f}, the worst" if "balance/worst_layer" in values else "worst layer"
     )
-    note = f"balance {values['balance/worst']:.2f} ({where}; 1 balanced, {values['balance/collapse_value']:g} collapsed"
+    note = (
+        f"balance {values['balance/worst']:.2f} ({where}; 1 balanced, {values['balance/collapse_value']:.4g} collapsed"
+    )
     deviation = values.get("balance/running_deviation", 0.0)
     return note + (f"; running counts off by {deviation:.1g})" if deviation > 1e-6 else ")")
 

@@ -27,3 +27,17 @@ def preset_values(name: str) -> dict[str, Any]:
     if name not in PRESETS:
         raise unknown("preset", name, PRESETS)
     return deepcopy(PRESETS[name])
+
+
+def kind_of(preset: str | None, router: str | None) -> str:
+    """What to call a run: its preset, with the router where that is not the preset's own; without one its router.
+
+    >>> kind_of("moe", "top1"), kind_of("moe", "sigmoid"), kind_of(None, "path.py:Mine"), kind_of("dense", None)
+    ('moe', 'moe-sigmoid', 'Mine', 'dense')
+    """
+    plain = None if router is None else router.rsplit(":", 1)[-1]
+    if preset is None or plain is None:
+        return preset or plain or "dense"
+    moe = PRESETS.get(preset, {}).get("moe")
+    own = None if moe is None else moe.get("router", {}).get("name", "top1")
+    return preset if router == own else f"{preset}-{plain}"

@@ -40,34 +40,45 @@ def build_router(name: str, *, hidden_size: int, num_experts: int, top_k: int | 
         options: the router's own, checked by its ``Config``.
 
     Raises:
-        ConfigError: no such router; RouterOptionError (also a ValueError) for its options.
+        ConfigError: no such router; RouterOptionError (also a ValueError) for its options; RouterError where
+            its constructor fails.
 
     >>> build_router("topk", hidden_size=64, num_experts=8, top_k=2).weight.shape
     torch.Size([8, 64])
     """
     cls = router_class(name)
     config = _validate(cls, name, options, top_k)
+    from moectl.moe.router import RouterError
+
     try:
         router = cls(config, hidden_size=hidden_size, num_experts=num_experts)
+    except MoectlError:
+        raise
     except (TypeError, ValueError) as error:
-        if isinstance(error, MoectlError):
-            raise
         raise RouterOptionError(f"router '{name}': {error}", f"See `moectl routers show {name}`.") from error
+    except Exception as error:
+        what = f"router '{name}' cannot be built: {type(error).__name__}: {error}"
+        raise RouterError(what, f"`moectl routers check {name}` says more.") from error
     router.label = f"router '{name}'"
     return router
 
 
 def router_class(name: str) -> type[Router]:
-    """The class of a router; anything that is no :class:`moectl.moe.Router` is refused."""
+    """The class of a router; anything that is no :class:`moectl.moe.Router` with a ``Config`` is refused."""
     from moectl.plugins import load_router_class
 
     cls = load_router_class(name)  # before torch is loaded: a misspelt name is answered at once
-    from moectl.moe.router import Router
+    from moectl.moe.router import Router, RouterConfig
 
     if not (isinstance(cls, type) and issubclass(cls, Router)):
         raise ConfigError(
             f"the router '{name}' is {cls!r}, not a subclass of moectl.moe.Router",
             "Subclass moectl.moe.Router and implement route().",
+        )
+    if not (isinstance(cls.Config, type) and issubclass(cls.Config, RouterConfig)):
+        raise ConfigError(
+            f"the Config of the router '{name}' is {cls.Config!r}, not a subclass of moectl.moe.RouterConfig",
+            "Declare its options so: class Config(RouterConfig): ...",
         )
     return cls
 

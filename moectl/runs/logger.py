@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 FLUSH_LINES = 100
 FLUSH_SECONDS = 5.0
+SAID = ("collapse", "router_logits")
+"""Events that the user is told of while the run goes on, each once per layer."""
 
 
 class RunRecorder:
@@ -28,7 +30,7 @@ class RunRecorder:
         rundir: the folder, its lock held.
         registry: the index: its path (opened here, so that a broken one cannot stop the run), an
             open ``Registry``, or None for no index.
-        warn: called once, with one sentence, when the index fails. It is an event of the run too.
+        warn: called with one sentence when the index fails (an event of the run too), and for events that are SAID.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class RunRecorder:
         self.rundir = rundir
         self._warn = warn
         self._registry: Registry | None = None
+        self._said: set[tuple[str, Any]] = set()
         self._lines = 0
         self._flushed = time.monotonic()
         if isinstance(registry, Path):
@@ -63,6 +66,10 @@ class RunRecorder:
     def event(self, kind: str, message: str, **details: Any) -> None:
         """One thing that happened, with ``step=`` where it has one."""
         self.rundir.event(kind, message, **details)
+        about = (kind, details.get("layer"))
+        if kind in SAID and about not in self._said and self._warn is not None:
+            self._said.add(about)
+            self._warn(f"warning: at step {details.get('step')}: {message}")
 
     def routing(self, step: int, payload: Mapping[str, Any]) -> None:
         """Routing statistics of one step."""

@@ -78,9 +78,10 @@ class Subject:
 
     @property
     def kind(self) -> str:
-        """Preset or router: what people call this configuration."""
+        """What people call this configuration."""
         record = self.run.record
-        return str(record.get("preset") or record.get("router") or ("moe" if record.get("moe") else "dense"))
+        named = (record.get(key) for key in ("kind", "preset", "router"))
+        return next((str(name) for name in named if name), "moe" if record.get("moe") else "dense")
 
     @property
     def marks(self) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moectl.errors import ConfigError, MoectlError
+from moectl.errors import MoectlError
 from moectl.moe.router import Router, RouterError
 from moectl.plugins import PluginError, is_file, load_router_class
 from moectl.routers import RouterOptionError
@@ -100,11 +100,14 @@ def _run(name: str, check: Callable[[Subject], str], subject: Subject, failed: l
         return Check(name, "failed", str(failure))
     except NotApplicable as reason:
         return Check(name, "skipped", str(reason))
-    except (Exception, SystemExit) as error:  # a router's own code may raise anything
+    except (Exception, SystemExit) as raised:  # a router's own code may raise anything
+        error: BaseException = raised
         if name in (LOADS, "builds") and _is_users_doing(error):
             raise
         if name == "forward" and failed and isinstance(error, RouterError):
             return Check(name, "skipped", f"not run, because '{failed[0]}' failed")
+        if name == "builds" and isinstance(error, RouterError) and error.__cause__ is not None:
+            error = error.__cause__  # what the constructor itself raised
         return Check(name, "failed", f"raised {_explained(error)}{_place(error, subject)}")
 
 
@@ -128,7 +131,7 @@ def _is_users_doing(error: BaseException) -> bool:
     """A misspelt name or option is the caller's to mend; a constructor that cannot be called is the router's."""
     if isinstance(error, RouterOptionError):
         return not isinstance(error.__cause__, TypeError)
-    return isinstance(error, (ConfigError, MoectlError))
+    return isinstance(error, MoectlError) and not isinstance(error, RouterError)
 
 
 def _explained(error: BaseException) -> str:

@@ -21,6 +21,7 @@ class Finding:
         kind: ``dominance`` (one expert takes too many tokens) or ``starvation`` (one gets almost none).
         expert: the expert.
         share: of tokens for dominance, of assignments for starvation.
+        balanced: what it would be under an even load.
         in_a_row: consecutive checks at which this layer was in trouble, this one included.
         collapsed: whether that makes it a collapse.
     """
@@ -29,15 +30,19 @@ class Finding:
     kind: str
     expert: int
     share: float
+    balanced: float
     in_a_row: int
     collapsed: bool
 
     def __str__(self) -> str:
         verb = "takes" if self.kind == "dominance" else "gets only"
         state = "collapsed" if self.collapsed else "warning"
-        unit = "tokens" if self.kind == "dominance" else "assignments"
+        unit, worst = ("tokens", 1) if self.kind == "dominance" else ("assignments", 0)
         row = "1 check" if self.in_a_row == 1 else f"{self.in_a_row} checks in a row"
-        return f"layer {self.layer} {state}: expert {self.expert} {verb} {self.share:.1%} of {unit} ({row})"
+        return (
+            f"layer {self.layer} {state}: expert {self.expert} {verb} {self.share:.1%} of {unit}"
+            f" ({self.balanced:.1%} balanced, {worst:.0%} at worst; {row})"
+        )
 
 
 class CollapseDetector:
@@ -64,7 +69,7 @@ class CollapseDetector:
                 findings.append(Finding(layer, *trouble, row, row >= self.config.patience))
         return sorted(findings, key=lambda finding: (finding.in_a_row, finding.share), reverse=True)
 
-    def _trouble(self, counts_E: Tensor, tokens: int, tokens_choose: bool) -> tuple[str, int, float] | None:
+    def _trouble(self, counts_E: Tensor, tokens: int, tokens_choose: bool) -> tuple[str, int, float, float] | None:
         num_experts, total = counts_E.numel(), int(counts_E.sum())
         if total == 0:
             return None
@@ -73,11 +78,11 @@ class CollapseDetector:
         # Taken from the counts: k may have changed since the last check.
         even = total / max(tokens, 1) / num_experts
         if tokens_choose and even < self.config.max_share < float(of_tokens.max()):
-            return "dominance", int(of_tokens.argmax()), float(of_tokens.max())
+            return "dominance", int(of_tokens.argmax()), float(of_tokens.max()), even
         share_E = shares(counts_E)
         starved = float(share_E.min()) < self.config.min_share_of_uniform / num_experts
         if starved and total / num_experts >= self.config.min_expected_count:
-            return "starvation", int(share_E.argmin()), float(share_E.min())
+            return "starvation", int(share_E.argmin()), float(share_E.min()), 1 / num_experts
         return None
 
     def state_dict(self) -> dict[str, Any]:

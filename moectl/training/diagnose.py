@@ -1,7 +1,11 @@
-"""Where a number stopped being finite."""
+"""What must not be trained, and where a number stopped being finite.
+
+Shape suffixes: B batch, S sequence, T tokens, D hidden, E experts.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +16,8 @@ from torch import Tensor, nn
 from moectl.corpus.loader import Batch
 from moectl.errors import ConfigError, MoectlError
 from moectl.models.decoder import Decoder
+from moectl.moe.causality import first_leak
+from moectl.moe.router import Router
 from moectl.moe.types import RouterOutput
 from moectl.training.runtime import precision_context
 
@@ -56,6 +62,54 @@ def refuse_untrainable(model: Decoder, allow_noncausal: bool = False) -> None:
                 " language model cannot have",
                 f"Use {instead}, or --allow-noncausal: every metric of the run is then marked as non-causal.",
             )
+
+
+@torch.no_grad()
+def refuse_false_claims(number: int, router: Router) -> None:
+    """Raise where ``router`` is not what it declares to be: causal, and taught by the language-model loss.
+
+    Tries copies of it on random tokens, as the contract's checks do, for who never ran those. The
+    generators are drawn from.
+
+    Args:
+        number: of its layer.
+        router: at the start of training; it is not changed.
+
+    Raises:
+        ConfigError: it declares ``causal = True`` and a later token changed an earlier route, or its
+            combine weights have no graph that leads to the gate.
+    """
+    tokens_BSD = torch.randn(4, 16, router.hidden_size, device=router.weight.device)
+    try:
+        copy_of = copy.deepcopy(router).train()
+    except (TypeError, RuntimeError):  # it holds what cannot be copied: there is nothing to try
+        return
+    leak = first_leak(_CombineWeights(copy_of), tokens_BSD, trials=12) if router.causal else None
+    if leak is not None:
+        raise ConfigError(
+            f"{router.label} declares causal = True, but {leak}",
+            "Let no token's route depend on later ones, or declare causal = False and train with --allow-noncausal.",
+        )
+    with torch.enable_grad():
+        weights = copy_of(tokens_BSD).topk_weights
+    if router.learns and router.weight.requires_grad and not weights.requires_grad:
+        raise ConfigError(
+            f"the router of layer {number} cannot be trained: its combine weights are constants, so that the gate gets"
+            " no language-model gradient",
+            "Keep the graph of topk_weights, or declare learns = False.",
+        )
+
+
+class _CombineWeights(nn.Module):
+    """A router as a layer whose output is its combine weights, for the probe of whole layers."""
+
+    def __init__(self, router: Router) -> None:
+        super().__init__()
+        self.router = router
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.router(x)
+        return torch.zeros_like(out.router_logits).scatter_add(1, out.topk_indices, out.topk_weights)
 
 
 def refuse_not_finite(model: nn.Module, step: int) -> None:

@@ -88,6 +88,7 @@ class Trainer:
 
         Raises:
             RouterError: a router's first output is not what it must be; nothing has been saved then.
+            ConfigError: a router is not what it declares to be; nothing has been saved then either.
         """
         self.model.train()
         seconds, first_token = 0.0, self.tokens
@@ -154,8 +155,7 @@ class Trainer:
             return metrics, None
         # What moves once per optimizer step, from the load of the whole step: noise, biases, thresholds.
         for number, layer in self.layers.items():
-            layer.router.step_tokens = self._routed_tokens
-            layer.router.after_step(routing.steps[number].counts_E)
+            layer.router.end_step(routing.steps[number].counts_E, tokens=self._routed_tokens)
         self.monitor.add(routing, self._routed_tokens)
         if self._due(self.settings.log_every):
             metrics |= step_metrics(routing) | scheduled.metrics()
@@ -188,6 +188,8 @@ class Trainer:
         blocks = range(min(self.settings.batch_size, self.data.train.num_blocks))
         with rehearsal(self.model):
             self._forward(self._to_device(self.data.train.batch(blocks)))
+            for number, layer in self.layers.items():
+                diagnose.refuse_false_claims(number, layer.router)
 
     def _forward(self, batch: Batch) -> None:
         """Through all layers, as :meth:`_micro_batch` does it."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from moectl.config.presets import kind_of
 from moectl.config.schema import ExperimentConfig
 from moectl.corpus.loader import PackedDataset
 from moectl.errors import MoectlError
@@ -33,13 +34,12 @@ def run_key(config: ExperimentConfig, data: PackedDataset, base: Mapping[str, An
 
 
 def run_label(config: ExperimentConfig) -> str:
-    """The preset, ``dense``, or the router's name, made safe for a folder."""
-    if config.preset is not None:
-        return config.preset
-    if config.moe is None:
-        return "dense"
-    plain = config.moe.router_name.rsplit(":", 1)[-1]
-    return "".join(character if character.isalnum() else "-" for character in plain).strip("-") or "moe"
+    """The run's kind, made safe for a folder."""
+    return "".join(character if character.isalnum() else "-" for character in _kind(config)).strip("-") or "moe"
+
+
+def _kind(config: ExperimentConfig) -> str:
+    return kind_of(config.preset, None if config.moe is None else config.moe.router_name)
 
 
 def opening(
@@ -55,6 +55,7 @@ def opening(
     """The record before the first step."""
     return {
         **provenance.record(),
+        "kind": _kind(config),
         "preset": config.preset,
         "router": None if config.moe is None else config.moe.router_name,
         "router_code": None if code is None else code.record(),

@@ -86,6 +86,18 @@ def test_ls_check_of_what_is_whole(capsys: Capture) -> None:
     assert f"all {len(router_entries())} load" in capsys.readouterr().err
 
 
+def test_a_clash_is_told_as_one_even_where_a_claimants_module_is_missing(install: Installer, capsys: Capture) -> None:
+    """With a name of moectl's own, all other claimants are to go."""
+    install("first-routers", router="top1", target="nothing_of_that_name:Mine")
+    install("second-routers", router="top1", target="nothing_of_that_name:Mine")
+    assert "claimed by" in listed(capsys)["top1"]["problem"]
+    assert main(["routers", "ls"]) == 0
+    warning = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: 'top1'"))
+    claimants, _, remedy = warning.partition(": uninstall ")
+    assert all(name in claimants for name in ("first-routers", "second-routers", "moectl"))
+    assert sorted(remedy.split(", ")) == ["first-routers", "second-routers"]
+
+
 def test_clash_names_both_packages(install: Installer, capsys: Capture) -> None:
     install("first-routers", router="same")
     install("second-routers", router="same")
@@ -137,7 +149,7 @@ def test_check_ends_in_3_when_one_fails(tmp_path: Path, capsys: Capture) -> None
     (tmp_path / "mine.py").write_text(MISTAKES["NaN weights"].source())
     assert main(["routers", "check", f"{tmp_path}/mine.py:Mine"]) == 3
     printed = capsys.readouterr()
-    assert "failed    in training topk_weights is [nan, nan] for token 0" in printed.out
+    assert "failed in training topk_weights is [nan, nan] for token 0" in " ".join(printed.out.split())
     assert "does not keep the contract: weights" in printed.err
     assert main(["routers", "check", f"{tmp_path}/mine.py:Mine", "--json"]) == 3
     document = json.loads(capsys.readouterr().out)
@@ -231,3 +243,12 @@ def test_new_writes_a_package_and_says_what_comes_next(
     made = json.loads(capsys.readouterr().out)
     assert made["target"] == "src/moectl_other.py:OtherRouter"
     assert made["folder"] == "sub/moectl-other"
+
+
+def test_check_shows_no_row_for_what_could_not_be_run(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "mine.py").write_text("raise RuntimeError('no luck')")
+    assert main(["routers", "check", f"{tmp_path}/mine.py:Mine"]) == 3
+    printed = capsys.readouterr()
+    rows = printed.out.splitlines()[3:]
+    assert len(rows) == 1 and rows[0].split()[:2] == ["loads", "failed"] and "no luck" in rows[0]
+    assert "1 failed, 25 skipped" in printed.err

@@ -10,7 +10,7 @@ import pytest
 
 from moectl.config import ExperimentConfig, load_config, resolved_yaml
 from moectl.config.loading import parse_set, read_yaml, shipped_configs
-from moectl.config.presets import PRESETS
+from moectl.config.presets import PRESETS, kind_of
 from moectl.errors import ConfigError, NotFoundError
 
 Write = Callable[[str], Path]
@@ -323,3 +323,24 @@ def test_a_router_flag_brings_its_own_options(tmp_path: Path) -> None:
     assert same is not None and same.router == {"name": "topk", "top_k": 4, "noise_std": 0.3}
     quiet = load_config(None, preset="no-lb", overrides={"moe.router.name": "switch"}).moe
     assert quiet is not None and quiet.router == {"name": "switch", "noise_std": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("preset", "router", "kind"),
+    [
+        ("dense", None, "dense"),
+        ("moe", "top1", "moe"),
+        ("moe", "sigmoid", "moe-sigmoid"),
+        ("no-lb", "top1", "no-lb"),
+        ("no-lb", "a/mine.py:Mine", "no-lb-Mine"),
+        ("top2", "top2", "top2"),
+        ("top2", "top1", "top2-top1"),
+        ("dense", "top1", "dense-top1"),
+        (None, "a/mine.py:Mine", "Mine"),
+        (None, None, "dense"),
+    ],
+)
+def test_a_run_is_called_by_its_preset_and_by_a_router_that_is_not_the_presets_own(
+    preset: str | None, router: str | None, kind: str
+) -> None:
+    assert kind_of(preset, router) == kind

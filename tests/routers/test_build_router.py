@@ -114,7 +114,7 @@ def test_more_experts_per_token_than_experts(name: str) -> None:
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_one_expert_routes_but_is_not_trained(name: str) -> None:
     if name == "top2":
-        with pytest.raises(RouterOptionError, match="there are 1 experts"):
+        with pytest.raises(RouterOptionError, match="there is 1 expert:"):
             build_router(name, hidden_size=16, num_experts=1)
         return
     options = {"top_k": 1} if "top_k" in describe_options(name) else {}
@@ -176,3 +176,27 @@ def test_abstract_router_is_refused_with_words(tmp_path: Path) -> None:
     file.write_text("from moectl.moe import Router\n\n\nclass Half(Router):\n    pass\n")
     with pytest.raises(RouterOptionError, match="route"):
         build_router(f"{file}:Half", hidden_size=16, num_experts=4)
+
+
+def test_what_a_routers_own_code_gets_wrong_is_an_error_that_names_it(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    broken = """
+class Raises(Lucky):
+    def __init__(self, config, *, hidden_size, num_experts):
+        raise KeyError("oops")
+
+
+class Loose(Lucky):
+    Config = dict
+"""
+    file.write_text(CUSTOM + broken)
+    with pytest.raises(ConfigError, match=r"mine\.py:Raises' cannot be built: KeyError: 'oops'"):
+        build_router(f"{file}:Raises", hidden_size=8, num_experts=4)
+    with pytest.raises(ConfigError, match="Config of the router .* not a subclass of moectl.moe.RouterConfig"):
+        build_router(f"{file}:Loose", hidden_size=8, num_experts=4)
+
+
+def test_a_path_that_is_no_file_of_python_is_told_the_form(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_router(str(tmp_path), hidden_size=8, num_experts=4)
+    assert "path/to/file.py:ClassName" in str(caught.value.hint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -14,10 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from moectl import paths
 from moectl.cli.app import main
+from moectl.cli.runs_view import listing
 from moectl.runs import RunDir
+from moectl.runs.catalog import list_runs
+from moectl.runs.logger import RunRecorder
 
 MakeRun = Callable[..., RunDir]
 AsNobody = Callable[[], AbstractContextManager[None]]
@@ -48,6 +53,40 @@ def test_ls_json_is_the_same_after_delete_and_reindex(make_run: MakeRun, capsys:
     code, text, error = call(capsys, "reindex")
     assert (code, text) == (0, "") and "Indexed 2 runs" in error
     assert document(capsys, "ls") == before
+
+
+def test_ls_off_a_terminal_keeps_every_run_on_one_line(make_run: MakeRun, capsys: Capture) -> None:
+    """However long a router's path is: the name of a run is what the other commands take."""
+    router = f"mine.py:Mine{'Very' * 40}Own"
+    make_run("a-run-with-a-long-name-s0-0123456789", router=f"{'/a/very/long/path' * 20}/{router}")
+    code, text, _ = call(capsys, "ls")
+    line = text.splitlines()[2]
+    assert code == 0 and line.startswith("a-run-with-a-long-name-s0-0123456789  finished")
+    assert router in line and "/path" not in line and line == line.rstrip()
+
+
+def test_ls_in_a_narrow_terminal_breaks_the_router_and_never_a_runs_name(make_run: MakeRun) -> None:
+    make_run("moe-Mine-s0-01234567", router="mine.py:MineWithAVeryLongNameForAnEightyColumnTerminal")
+    entries, _ = list_runs()
+    screen = io.StringIO()
+    Console(file=screen, width=80).print(listing(entries))
+    lines = screen.getvalue().splitlines()
+    assert sum(line.startswith("moe-Mine-s0-01234567  finished") for line in lines) == 1
+    assert all(len(line) <= 80 for line in lines)
+
+
+def test_collapse_and_large_logits_are_said_once_per_layer_and_always_recorded(make_run: MakeRun) -> None:
+    said: list[str] = []
+    run = make_run("a")
+    run.acquire()
+    with RunRecorder(run, warn=said.append) as recorder:
+        for step in (10, 20):
+            recorder.event("imbalance", "layer 0 leans", step=step, layer=0)
+            recorder.event("collapse", "layer 0 collapsed", step=step, layer=0)
+            recorder.event("router_logits", "layer 0 is loud", step=step, layer=0)
+            recorder.event("collapse", "layer 1 collapsed", step=step, layer=1)
+    assert said == [f"warning: at step 10: layer {what}" for what in ("0 collapsed", "0 is loud", "1 collapsed")]
+    assert [event["kind"] for event in run.events()].count("collapse") == 4
 
 
 def test_ls_in_the_terminal(make_run: MakeRun, capsys: Capture) -> None:

@@ -20,8 +20,8 @@ def test_checks_are_counted_in_plain_english() -> None:
     detector = CollapseDetector(CollapseConfig())
     said = [str(detector.check({3: torch.tensor([1000, 0])}, tokens=1000)[0]) for _ in range(2)]
     assert said == [
-        "layer 3 warning: expert 0 takes 100.0% of tokens (1 check)",
-        "layer 3 warning: expert 0 takes 100.0% of tokens (2 checks in a row)",
+        "layer 3 warning: expert 0 takes 100.0% of tokens (50.0% balanced, 100% at worst; 1 check)",
+        "layer 3 warning: expert 0 takes 100.0% of tokens (50.0% balanced, 100% at worst; 2 checks in a row)",
     ]
 
 
@@ -69,7 +69,7 @@ def test_where_experts_choose_none_can_dominate_but_one_may_starve() -> None:
     load = [800, 800, 800, 800]
     skewed = [900, 300, 300, 5]
     assert check({0: load, 1: skewed}, tokens=1000, experts_choose=(0, 1)) == [
-        Finding(1, "starvation", 3, 5 / 1505, 1, False)
+        Finding(1, "starvation", 3, 5 / 1505, 1 / 4, 1, False)
     ]
     assert [finding.kind for finding in check({1: skewed}, tokens=1000)] == ["dominance"]
 
