@@ -53,7 +53,7 @@ def test_full_backend_with_top1_is_exact(
 def test_the_function_is_kept(
     make_decoder: MakeDecoder, router: dict[str, object], backend: str, dtype: torch.dtype, tolerance: float
 ) -> None:
-    """SPEC §4's bounds: products over another number of rows round differently."""
+    """Products over another number of rows round differently."""
     dense = make_decoder(dtype=dtype)
     assert difference(dense, upcycle_decoder(dense, moe(router, backend=backend)).eval()) <= tolerance
 
