@@ -71,6 +71,13 @@ Two threads on the same two cores, wall clock:
 | 1024x1024x512x64x8 | moectl, plain | 9 | 107.2 | 1.39 (1.36-1.40) | 364.1 | 1.62 (1.57-1.65) | 3e-07, 3e-07 | 0 |
 | 1024x1024x512x64x8 | HF eager | 1 | 128.7 | 1.65 (1.63-1.67) | 6314.5 | 29.39 (29.39-29.39) | 2e-07, 3e-07 | 0 |
 | 1024x1024x512x64x8 | HF grouped_mm | 9 | 117.3 | 1.52 (1.48-1.53) | 426.6 | 1.89 (1.86-1.90) | 2e-07, 3e-07 | 0 |
+| 1024x2048x768x128x8 | dense | 9 | 228.7 | 1.00 (1.00-1.00) | 680.6 | 1.00 (1.00-1.00) |  |  |
+| 1024x2048x768x128x8 | moectl | 9 | 355.3 | 1.55 (1.52-1.59) | 990.6 | 1.47 (1.47-1.48) | 7e-07, 1e-06 | 0 |
+| 1024x2048x768x128x8 | moectl, plain | 2 | 349.6 | 1.56 (1.50-1.57) | 2318.8 | 3.61 (3.59-3.64) | 7e-07, 1e-06 | 0 |
+| 1024x2048x768x128x8 | HF grouped_mm | 4 | 412.8 | 1.79 (1.78-1.85) | 2250.6 | 3.38 (3.32-3.41) | 6e-07, 9e-07 | 0 |
+| 1x2048x768x128x8 | dense | 9 | 5.0 | 1.00 (1.00-1.00) | | | | |
+| 1x2048x768x128x8 | moectl | 9 | 6.5 | 1.26 (1.23-1.32) | | | 2e-07, 4e-07 | 0 |
+| 1x2048x768x128x8 | HF grouped_mm | 4 | 5.4 | 1.09 (1.08-1.10) | | | 2e-07, 4e-07 | 0 |
 
 bfloat16 weights, one thread, CPU time, three rounds: forward+backward of 1024x1024x512x64x8 takes 292 ms, Hugging
 Face's grouped_mm 317 ms; the dense MLP, 99 ms, has AMX to itself. On a CPU without bfloat16 instructions

@@ -23,7 +23,14 @@ from torch import Tensor
 
 from moectl.moe.activations import ACTIVATIONS
 from moectl.moe.parallel import shares, side_by_side
-from moectl.moe.products import outer_product, product_dtype, times, times_transposed, without_autocast
+from moectl.moe.products import (
+    MANY_TOKENS,
+    outer_product,
+    product_dtype,
+    times,
+    times_transposed,
+    without_autocast,
+)
 from moectl.moe.router import at_least_float32
 
 
@@ -187,8 +194,9 @@ def _backward(
 
 
 def _shares(segments: list[Segment], weights: Weights, x_TD: Tensor) -> list[list[Segment]]:
-    """The segments of each core; all in one group off the CPU."""
-    if x_TD.device.type != "cpu":
+    """The segments of each core; all in one group off the CPU, and in decoding, where a row or two of every
+    product leave the cores together to the memory."""
+    if x_TD.device.type != "cpu" or x_TD.shape[0] < MANY_TOKENS:
         return [segments]
     per_row = weights.up[0].numel() + weights.down[0].numel()
     # Reading and writing an expert's weights costs about as much as multiplying some tens of rows with them.
