@@ -81,7 +81,8 @@ Two threads on the same two cores, wall clock:
 
 bfloat16 weights, one thread, CPU time, three rounds: forward+backward of 1024x1024x512x64x8 takes 292 ms, Hugging
 Face's grouped_mm 317 ms; the dense MLP, 99 ms, has AMX to itself. On a CPU without bfloat16 instructions
-(``--no-mkldnn`` turns them off; one round) it is 621 ms against 23,178 ms, and in 2048x768x3072x8x1:gelu 506 ms against 13,593 ms.
+(``--no-mkldnn`` turns them off; one round) it is 621 ms against 23,178 ms, and in 2048x768x3072x8x1:gelu 506 ms against
+13,593 ms.
 """
 
 from __future__ import annotations
