@@ -152,6 +152,7 @@ class Decoder(nn.Module):
         doc_ids: Tensor | None = None,
         token_mask: Tensor | None = None,
         cache: KVCache | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Normed final hidden states ``[B, S, D]`` for ``input_ids [B, S]``.
 
@@ -159,17 +160,23 @@ class Decoder(nn.Module):
             doc_ids: ``[B, S]``; attention never crosses from one document to another.
             token_mask: ``[B, S]`` bool, real tokens; padding is neither attended to nor routed.
             cache: keys and values of earlier positions; extended in place.
+            positions: ``[B, S]`` int64, for the rotation; None for 0, 1, 2, ... on from the cache. Only
+                their differences matter, so padding on the left needs none.
 
         Raises:
-            ValueError: ``doc_ids`` or a ``token_mask`` together with a cache.
+            ValueError: ``doc_ids`` together with a cache.
         """
-        if cache is not None and (doc_ids is not None or token_mask is not None):
-            raise ValueError("cached decoding takes neither doc_ids nor a token_mask: decode rows of equal length")
+        if cache is not None and doc_ids is not None:
+            raise ValueError("cached decoding takes no doc_ids: decode one document per row")
         length, past = input_ids.shape[1], 0 if cache is None else cache.length
         x_BSD = self.embed_tokens(input_ids)
-        positions = torch.arange(past, past + length, device=input_ids.device)
+        if positions is None:
+            positions = torch.arange(past, past + length, device=input_ids.device)
+        else:
+            positions = positions[:, None]  # tables [B, 1, S, P], for every head
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta, x_BSD.dtype)
-        mask = attention_mask(length, past, doc_ids, token_mask, input_ids.device)
+        seen_mask = token_mask if cache is None else cache.extend_mask(token_mask, input_ids)
+        mask = attention_mask(length, past, doc_ids, seen_mask, input_ids.device)
         for layer in self.layers:
             x_BSD = layer(x_BSD, rope, mask, token_mask, cache)
         if cache is not None:
@@ -182,15 +189,21 @@ class Decoder(nn.Module):
         doc_ids: Tensor | None = None,
         token_mask: Tensor | None = None,
         cache: KVCache | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Logits ``[B, S, V]``; arguments as for :meth:`hidden_states`."""
-        return self.lm_head(self.hidden_states(input_ids, doc_ids, token_mask, cache))
+        return self.lm_head(self.hidden_states(input_ids, doc_ids, token_mask, cache, positions))
 
     def lm_loss_sum(
-        self, input_ids: Tensor, labels: Tensor, doc_ids: Tensor | None = None, token_mask: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        doc_ids: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Summed next-token loss in nats against ``labels [B, S]`` (-100: not scored), logits never made whole."""
-        hidden_ND = self.hidden_states(input_ids, doc_ids, token_mask).flatten(0, 1)
+        hidden_ND = self.hidden_states(input_ids, doc_ids, token_mask, positions=positions).flatten(0, 1)
         return linear_cross_entropy(hidden_ND, self.lm_head.weight, labels.flatten())
 
     def moe_layers(self) -> dict[int, MoELayer]:
@@ -246,22 +259,22 @@ def build_moe_layer(config: DecoderConfig, layer: int) -> MoELayer:
     return MoELayer(router, experts, shared, None if options is None else Capacity(**options))
 
 
-def rope_tables(positions_S: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[S, P]`` of the half-split rotation, computed in float32 or above.
+def rope_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[*, S, P]`` of the half-split rotation at ``positions [*, S]``, made in float32 or above.
 
     Source: Su et al. 2021, arXiv:2104.09864; half-split layout of GPT-NeoX and Llama in transformers.
     """
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    exponents = torch.arange(0, head_dim, 2, device=positions_S.device).to(exact) / head_dim
-    angles = torch.outer(positions_S.to(exact), 1.0 / theta**exponents)
+    exponents = torch.arange(0, head_dim, 2, device=positions.device).to(exact) / head_dim
+    angles = positions[..., None].to(exact) * (1.0 / theta**exponents)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
-    """Rotate the halves of the last dimension of ``[B, H, S, P]``."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the halves of the last dimension of ``[B, H, S, P]`` by tables ``[S, P]`` or ``[B, 1, S, P]``."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos_SP + torch.cat([-second, first], dim=-1) * sin_SP
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def attention_mask(
@@ -269,7 +282,8 @@ def attention_mask(
 ) -> Tensor | None:
     """Who may see whom, ``[1 or B, 1, S, C]`` bool; None where plain causal attention is meant.
 
-    A padding query sees itself, so that its row of the softmax stays finite.
+    ``token_mask`` is that of all ``C`` positions. A padding query sees itself, so that its row of the
+    softmax stays finite.
     """
     if doc_ids is None and token_mask is None and (past == 0 or length == 1):
         return None
@@ -277,7 +291,7 @@ def attention_mask(
     if doc_ids is not None:
         causal = causal & (doc_ids[:, :, None] == doc_ids[:, None, :])
     if token_mask is not None:
-        causal = causal & token_mask[:, None, :] | torch.eye(length, dtype=torch.bool, device=device)
+        causal = causal & token_mask[:, None, :] | torch.ones_like(causal).tril(past).triu(past)
     return causal[:, None]
 
 

@@ -235,6 +235,8 @@ def test_attention_mask_by_hand() -> None:
     assert rows(attention_mask(3, 0, None, real, cpu)) == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
     assert rows(attention_mask(3, 0, docs, real, cpu)) == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
     assert rows(attention_mask(2, 2, None, None, cpu)) == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    half = torch.tensor([[False, True, False, True]])  # a padding query sees itself, cached positions before it or not
+    assert rows(attention_mask(2, 2, None, half, cpu)) == [[0, 1, 1, 0], [0, 1, 0, 1]]
     assert attention_mask(3, 0, None, None, cpu) is None
     assert attention_mask(1, 5, None, None, cpu) is None
 
@@ -252,12 +254,74 @@ def test_cached_decoding_equals_the_full_forward(decoder: Decoder, cuts: list[in
     close(torch.cat(parts, dim=1), decoder(ids))
 
 
-def test_a_cache_takes_no_masks(make_decoder: MakeDecoder) -> None:
+def test_a_cache_takes_no_documents(make_decoder: MakeDecoder) -> None:
     ids, model = some_ids(1, 3), make_decoder()
-    with pytest.raises(ValueError, match="equal length"):
+    with pytest.raises(ValueError, match="one document per row"):
         model(ids, doc_ids=torch.zeros_like(ids), cache=KVCache(3))
-    with pytest.raises(ValueError, match="equal length"):
-        model(ids, token_mask=torch.ones_like(ids, dtype=torch.bool), cache=KVCache(3))
+
+
+@pytest.mark.parametrize("cuts", [[1] * 9, [5, 1, 3], [2, 7]], ids=str)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_cached_decoding_of_padded_rows_equals_each_row_alone(decoder: Decoder, side: str, cuts: list[int]) -> None:
+    """Padding in the cache is attended to by nobody, in whichever piece it came."""
+    ids, mask = some_ids(2, 9), torch.ones(2, 9, dtype=torch.bool)
+    mask[0, :3] = False
+    mask = mask.flip(1) if side == "right" else mask
+    cache, parts, start = KVCache(3), [], 0
+    for length in cuts:
+        span = slice(start, start + length)
+        parts.append(decoder(ids[:, span], token_mask=mask[:, span], cache=cache))
+        start += length
+    logits = torch.cat(parts, dim=1)
+    for row in range(2):
+        close(logits[row, mask[row]], decoder(ids[row, mask[row]][None])[0])
+
+
+def test_a_mask_may_end_or_begin_with_any_piece(make_decoder: MakeDecoder) -> None:
+    """A prompt with padding and then tokens without a mask, as generation feeds them; and the other way round."""
+    model, ids = make_decoder("top2"), some_ids(1, 6)
+    real = torch.tensor([[False, True, True]])
+    cache = KVCache(3)
+    model(ids[:, :3], token_mask=real, cache=cache)
+    close(model(ids[:, 3:], cache=cache)[0], model(ids[:, 1:])[0, 2:])
+    cache = KVCache(3)
+    model(ids[:, :3], cache=cache)
+    logits = model(ids[:, 3:], token_mask=real, cache=cache)
+    there = torch.tensor([[0, 1, 2, 4, 5]])  # padding in the middle counts as a position
+    close(logits[0, 1:], model(ids[:, [0, 1, 2, 4, 5]], positions=there)[0, 3:])
+
+
+# --- positions
+
+
+def test_positions_count_by_their_differences_only(decoder: Decoder) -> None:
+    ids = some_ids(2, 7)
+    shifted = torch.arange(7) + torch.tensor([[5], [40]])
+    close(decoder(ids, positions=shifted), decoder(ids))
+    gap = torch.tensor([[0, 1, 2, 3, 9, 10, 11]] * 2)
+    assert (decoder(ids, positions=gap) - decoder(ids)).abs().max() > 1e-3
+    close(decoder(ids, positions=gap)[:, :4], decoder(ids)[:, :4])
+
+
+def test_positions_are_each_rows_own(make_decoder: MakeDecoder) -> None:
+    model, ids = make_decoder("top2"), some_ids(2, 5)
+    positions = torch.tensor([[0, 1, 2, 3, 4], [0, 2, 4, 6, 8]])
+    together = model(ids, positions=positions)
+    for row in range(2):
+        close(together[row], model(ids[row : row + 1], positions=positions[row : row + 1])[0])
+    assert (together[1] - model(ids)[1]).abs().max() > 1e-3
+
+
+def test_loss_and_cache_take_positions(make_decoder: MakeDecoder) -> None:
+    model, ids = make_decoder("top2"), some_ids(2, 6)
+    labels, positions = ids.roll(-1, 1), torch.tensor([[0, 2, 3, 7, 8, 9], [3, 4, 5, 6, 8, 10]])
+    logits = model(ids, positions=positions)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    torch.testing.assert_close(model.lm_loss_sum(ids, labels, positions=positions), expected, rtol=1e-12, atol=0)
+    cache, parts = KVCache(3), []
+    for span in (slice(0, 4), slice(4, 6)):
+        parts.append(model(ids[:, span], cache=cache, positions=positions[:, span]))
+    close(torch.cat(parts, dim=1), logits)
 
 
 def test_a_threshold_that_training_has_moved_decodes_like_the_full_forward(make_decoder: MakeDecoder) -> None:
