@@ -36,7 +36,7 @@ def ls(
     listed = []
     for name, entry in entries.items():
         read = reading(entry)
-        problem = entry.clash or tried.get(name) or read.problem
+        problem = tried[name] if check else entry.clash or read.problem
         loads = (problem is None) if check else None
         listed.append({**entry._asdict(), "summary": read.summary, "problem": problem, "loads": loads})
     if json_:
@@ -148,13 +148,12 @@ def new(
 
 
 def _try(entries: list[RouterEntry]) -> dict[str, str | None]:
-    from moectl.testing.trial import try_entries
+    from moectl.testing.trial import router_problems
 
-    alone = [entry for entry in entries if not entry.rivals]
-    packages = len({entry.distribution for entry in alone})
+    packages = len({entry.distribution for entry in entries if not entry.rivals})
     with out().progress("importing packages", total=packages) as bar:
         started = iter(range(packages))
-        return try_entries(alone, tried=lambda package: bar.update(next(started), note=package))
+        return router_problems(entries, tried=lambda package: bar.update(next(started), note=package))
 
 
 def _what(entry: dict[str, Any]) -> str | None:

@@ -73,7 +73,9 @@ class Router(nn.Module, ABC):
         self._modes_checked: set[bool] = set()
         self.check_top_k(self.top_k)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.register_load_state_dict_post_hook(_keep_buffers_exact)
+        self._declared: dict[str, torch.dtype] = {}
+        self.register_load_state_dict_pre_hook(_note_buffer_dtypes)
+        self.register_load_state_dict_post_hook(_restore_buffer_dtypes)
         self.reset_parameters()
 
     # --- what a subclass implements, or may override
@@ -273,9 +275,20 @@ def _clear_unused(out: RouterOutput, mask_T: Tensor | None) -> RouterOutput:
     return out._replace(topk_weights=out.topk_weights.masked_fill(~keep_TK, 0.0), keep=keep_TK)
 
 
-def _keep_buffers_exact(router: nn.Module, _: Any) -> None:
-    """``load_state_dict(assign=True)`` of a file in low precision must not leave buffers in it."""
-    for module in router.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_floating_point() and buffer.dtype.itemsize < 4:
-                module._buffers[name] = buffer.float()
+def _note_buffer_dtypes(router: nn.Module, *_: Any) -> None:
+    assert isinstance(router, Router)
+    router._declared = {name: buffer.dtype for name, buffer in router.named_buffers() if buffer.is_floating_point()}
+
+
+def _restore_buffer_dtypes(router: nn.Module, _: Any) -> None:
+    """``load_state_dict(assign=True)`` of a file in low precision must not leave buffers in it.
+
+    Nor may loading change a dtype that the router chose itself: its checkpoint would not fit its own code again.
+    """
+    assert isinstance(router, Router)
+    for name, dtype in router._declared.items():
+        owner, _, own = name.rpartition(".")
+        module = router.get_submodule(owner)
+        buffer = module._buffers[own]
+        if buffer is not None and buffer.dtype != dtype:
+            module._buffers[own] = buffer.to(dtype)

@@ -103,9 +103,13 @@ def state(subject: Subject) -> str:
 
 def buffers(subject: Subject) -> str:
     """Floating-point buffers stay float32 whatever the model is cast to."""
-    names = [name for name, value in subject.build().named_buffers() if value.is_floating_point()]
+    own = {name: value.dtype for name, value in subject.build().named_buffers() if value.is_floating_point()}
+    names = list(own)
     if not names:
         raise NotApplicable("no floating-point buffers")
+    for name, dtype in own.items():
+        if dtype != torch.float32:
+            raise Failure(f"the buffer {name} is registered in {dtype}: register it in float32 (MOE041)")
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         before, router = trained(subject), trained(subject).to(dtype)
         for name in names:

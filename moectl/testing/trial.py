@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from moectl.errors import MoectlError
-from moectl.plugins import RouterEntry
+from moectl.plugins import RouterEntry, reading
 
 TIMEOUT_S = 120.0
 #: The child reads ``{"path": [...], "names": [...]}`` from stdin. The last line of its stdout is the answer.
@@ -40,6 +40,15 @@ def try_entries(
             tried(package)
         outcome |= _in_child(names, timeout_s)
     return outcome
+
+
+def router_problems(
+    entries: Sequence[RouterEntry], *, tried: Callable[[str], None] | None = None
+) -> dict[str, str | None]:
+    """Name -> why that router cannot be used, or None: its name is claimed twice, or it cannot be loaded."""
+    alone = [entry for entry in entries if not entry.rivals]
+    loaded = try_entries(alone, tried=tried)
+    return {entry.name: entry.clash or loaded.get(entry.name) or reading(entry).problem for entry in entries}
 
 
 def _in_child(names: list[str], timeout_s: float) -> dict[str, str | None]:

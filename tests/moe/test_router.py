@@ -20,6 +20,7 @@ from moectl.errors import ConfigError, NotFoundError
 from moectl.moe import Router, RouterConfig, RouterOutput
 from moectl.moe.contract import RouterError
 from moectl.moe.router import at_least_float32, entropy, flatten_mask, stable_topk
+from moectl.training.state import load_model_strict
 
 D, E, K = 8, 5, 2
 
@@ -314,6 +315,29 @@ def test_assigning_weights_in_low_precision_leaves_buffers_in_float32() -> None:
     router = model["router"]
     assert router.weight.dtype == torch.bfloat16
     assert router.bias.dtype == router.part.running_var.dtype == torch.float32
+
+
+def test_a_buffer_that_a_router_registered_in_low_precision_loads_again_and_again() -> None:
+    """Loading must not change the dtype: what is saved after it would not fit the router's own code."""
+
+    class Low(SecondSlotOnlyWhenSure):
+        def __init__(self, config: RouterConfig, *, hidden_size: int, num_experts: int) -> None:
+            super().__init__(config, hidden_size=hidden_size, num_experts=num_experts)
+            self.register_buffer("bias", torch.full((num_experts,), 1 / 3, dtype=torch.bfloat16))
+            self.register_buffer("sum", torch.zeros(num_experts, dtype=torch.float64))
+
+    def fresh() -> nn.Module:
+        return nn.ModuleDict({"router": Low(Low.Config(), hidden_size=D, num_experts=E)})
+
+    saved = fresh().state_dict()
+    for assign in (False, True):
+        for _ in range(2):  # strict: another dtype than the model's own is refused
+            model = fresh()
+            if not assign:
+                load_model_strict(model, saved)
+            model.load_state_dict(saved, assign=assign)
+            saved = model.state_dict()
+    assert saved["router.bias"].dtype == torch.bfloat16 and saved["router.sum"].dtype == torch.float64
 
 
 def test_a_router_can_be_copied() -> None:

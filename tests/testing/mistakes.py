@@ -338,6 +338,11 @@ LIFE = {
         "load_state_dict()",
         others=True,
     ),
+    "buffers registered low": Mistake(
+        _with_init("self.register_buffer('bias', torch.zeros(8, dtype=torch.bfloat16))"),
+        "buffers",
+        "the buffer bias is registered in torch.bfloat16: register it in float32 (MOE041)",
+    ),
     "buffers cast": Mistake(
         _with_init(
             "self.register_buffer('bias', torch.zeros(8))",
