@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moectl.cli.app import COMMANDS
+from moectl.cli.app import COMMANDS, main
 from moectl.routers import build_router
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +29,22 @@ def test_the_router_of_the_readme_works(tmp_path: Path) -> None:
     torch.testing.assert_close(out.topk_weights, top.values / top.values.sum(-1, keepdim=True))
     out.topk_weights[:, 0].sum().backward()
     assert router.weight.grad is not None and router.weight.grad.abs().max() > 0
+
+
+def test_the_wrong_block_of_the_readme_is_told_its_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (source,) = re.findall(r"```python\n# my_moe\.py\n(.*?)```", README, flags=re.DOTALL)
+    file = tmp_path / "my_moe.py"
+    file.write_text(source, encoding="utf-8")
+    assert main(["compare-hf", "qwen3", "--candidate", f"{file}:MyMoE", "--probe", "float64"]) == 3
+    printed = capsys.readouterr().out
+    (shown,) = re.findall(r"```text\n(compare-hf qwen3.*?)```", README, flags=re.DOTALL)
+    said = [line for line in shown.splitlines() if line.startswith(("my_moe", "  gate", "  experts", "  MOE", "    "))]
+    assert len(said) == 7
+    assert [line for line in said if line not in printed] == []
+    verdicts = [(line.split()[0], line.split()[-1]) for line in shown.splitlines() if line.startswith("mlp.")]
+    assert len(verdicts) == 6
+    for name, verdict in verdicts:
+        assert re.search(rf"^{re.escape(name)} .* {verdict}$", printed, flags=re.MULTILINE)
 
 
 def test_the_tree_names_every_file() -> None:

@@ -27,7 +27,7 @@ class Command(NamedTuple):
     help: str
 
 
-# In the order of the walk. A command lives in `moectl.cli.<name>`, as `command` (a function with typer
+# In the order of the walk. A command lives in `moectl.cli.<name>` (with _ for -), as `command` (a function with typer
 # options) or as `app` (a Typer, for a group).
 COMMANDS: tuple[Command, ...] = (
     Command("The walk", "prepare", "Turn texts into a split, packed, content-addressed dataset"),
@@ -35,6 +35,10 @@ COMMANDS: tuple[Command, ...] = (
     Command("The walk", "eval", "Measure held-out loss and bits per byte, domain by domain"),
     Command("The walk", "inspect", "See which experts take which text, beside honest nulls"),
     Command("The walk", "runs", "List, show, compare and re-index what was run"),
+    Command("The bench", "compare-hf", "Hold ours, or your code, against Hugging Face, tensor by tensor"),
+    Command("The bench", "doctor", "Look for what is wrong with this machine, a run or a model"),
+    Command("The bench", "explain", "Say what a known mistake looks like, and how to mend it"),
+    Command("The bench", "gotcha", "Write down a mistake of your own, so that it is made once"),
     Command("The workshop", "routers", "List, show and check routers, and start one of your own"),
     Command("The workshop", "config", "Show what a config comes to, every default written out"),
     Command("The workshop", "quickstart", "Take the whole walk at once, on the text that ships"),
@@ -152,7 +156,7 @@ def _new_app(*, completion: bool = False) -> Typer:
 
 
 def _register(root: Typer, name: str) -> list[str]:
-    module = import_module(f"moectl.cli.{name}")
+    module = import_module(f"moectl.cli.{name.replace('-', '_')}")
     summary = next(command.help for command in COMMANDS if command.name == name)
     group = getattr(module, "app", None)
     if group is None:

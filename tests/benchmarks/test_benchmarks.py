@@ -46,7 +46,12 @@ def test_the_layers_agree_with_float64_to_rounding(run: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments", "rows"), [("moe_layer.py", TINY_LAYER, 18), ("training_throughput.py", TINY_STEP, 7)]
+    ("script", "arguments", "rows"),
+    [
+        ("moe_layer.py", TINY_LAYER, 18),
+        ("training_throughput.py", TINY_STEP, 7),
+        ("diagnosis.py", ["--only", "moe-gate-and-up-swapped"], 2),
+    ],
 )
 def test_the_table_is_printed_and_the_docstring_holds_one(
     run: Any, script: str, arguments: list[str], rows: int

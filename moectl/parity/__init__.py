@@ -1,0 +1,1 @@
+"""Parity with Hugging Face: two sides of a comparison, what each computed, and why they differ."""

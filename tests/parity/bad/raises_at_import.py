@@ -1,0 +1,2 @@
+SETTINGS = {"experts": 8}
+EXPERTS = SETTINGS["expert"]
