@@ -5,11 +5,12 @@
 
 Each mutant is one of the two examples in tests/parity/candidates with one mistake written into its text (see
 tests/parity/mutants.py). It is loaded as anybody's candidate is, without an adapter, run in float64 on three
-cases beside Hugging Face's own module, and diagnosed. *Caught*: a tensor differs by more than 1e-10 of its
-scale; *first* is the one that does. *Named*: the diagnosis gives the planted mistake's class and no other;
-a class of several hypotheses (with "=") has one effect in this configuration. *Equivalent*: the mistake
-changes nothing here, and is found to. A missing cast changes nothing in float64; it is within every bound in
-bfloat16 too, and told by its bits: "no" would stand for one that is not.
+cases (on one with gradients, where only they show the mistake) beside Hugging Face's own module, and diagnosed.
+*Caught*: a tensor differs by more than 1e-10 of its scale; *first* is the one that does. *Named*: the diagnosis
+gives the planted mistake's class and no other; a class of several hypotheses (with "=") has one effect in this
+configuration. *Equivalent*: the mistake changes nothing here, and is found to. A missing cast changes nothing in
+float64; it is within every bound in bfloat16 too, and told by its bits. Two mistakes are no hypothesis's: they
+must be caught, and get no name ("no").
 
 torch 2.13.0+cpu, transformers 5.23.0; 50 s of CPU on one core:
 

@@ -316,10 +316,11 @@ def _ties(group: Sequence[ProbeResult]) -> str:
 
 
 def _asides(result: ProbeResult) -> Iterator[str]:
-    """Notes of rows that differ or tie, which the table has no room for."""
-    for row in result.worst_rows():
-        if row.verdict in ("differs", "tie") and row.note:
-            yield f"{row.name}: {row.note}"
+    """Notes of the first rows that differ or tie, which the table has no room for; ``--json`` has all of them."""
+    noted = [row for row in result.worst_rows() if row.verdict in ("differs", "tie") and row.note]
+    yield from (f"{row.name}: {row.note}" for row in noted[:_NAMED])
+    if len(noted) > _NAMED:
+        yield f"and so on for {len(noted) - _NAMED} more"
 
 
 def _where(result: ProbeResult) -> str:

@@ -167,6 +167,12 @@ def test_frozen_experts_are_counted() -> None:
     assert "experts.gate_up_proj[1, 5], experts.down_proj[1, 5]" in finding.evidence
 
 
+def test_an_input_without_gradient_is_no_frozen_weight() -> None:
+    diagnosis = of_gradients(lambda name, tensor: tensor * (name != "grad.input"))
+    (finding,) = diagnosis.findings
+    assert finding.hypotheses == ("experts-cut",) and "the block's input detached" in finding.evidence
+
+
 def test_a_weight_without_gradient_beside_another_difference_is_not_called_frozen() -> None:
     def wrong(name: str, tensor: Tensor) -> Tensor:
         return {"grad.input": tensor * 2, "grad.gate.weight": tensor * 0}.get(name, tensor)

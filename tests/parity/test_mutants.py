@@ -152,7 +152,8 @@ def test_slots_are_not_taken_for_experts_where_all_are_chosen(tmp_path: Path) ->
     source = Mutant("", "modulelist", "moe", (), "", frozenset()).source()
     loop = "token, slot = torch.where(indices == e)"
     masked = "mine = indices == e\n            token = torch.where(mine.any(-1))[0]"
-    weight, summed = "weights[token, slot].unsqueeze(-1)", "(weights * mine).sum(-1, keepdim=True)[token]"
+    weight = "expert(x[token]) * weights[token, slot].unsqueeze(-1)"
+    summed = "(weights * mine).sum(-1, keepdim=True)[token] * expert(x[token])"
     routing = "router_logits, weights, indices = self.router(x)"
     inline = (
         "router_logits = self.router.gate(x)\n"
