@@ -1,7 +1,8 @@
 """The expert computation as one operator: gather, two products, weighted scatter-add; and its backward.
 
 Expert by expert, on rows gathered when their turn comes, so that what one expert needs stays in the
-cache; only pre-activations are kept for the backward. The combine weight multiplies the activation and
+cache (small experts share all but the products, batch by batch); only pre-activations are kept for the
+backward. The combine weight multiplies the activation and
 not the output (``w · down(a) = down(w · a)``), so that its gradient needs no output to be kept. A
 token's experts are summed in float32 or above.
 
@@ -9,12 +10,12 @@ torch sees two opaque operators, ``moectl::experts`` and ``moectl::experts_backw
 implementations: a compiled graph holds them whole, whatever the counts are. Each reads the counts on the
 host before it starts, and waits for nothing after that. Shape suffixes: T tokens, D hidden, E experts,
 F expert intermediate, H pre-activation columns (F, or 2F when gated), A assignments sorted by expert, N
-rows of one expert.
+rows of one batch, M of one expert in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from moectl.moe.activations import ACTIVATIONS
 from moectl.moe.parallel import shares, side_by_side
 from moectl.moe.products import (
     MANY_TOKENS,
+    MANY_WEIGHTS,
     outer_product,
     product_dtype,
     times,
@@ -32,6 +34,8 @@ from moectl.moe.products import (
     without_autocast,
 )
 from moectl.moe.router import at_least_float32
+
+CACHED = 2**19  # elements of the widest tensor of a batch: two megabytes in float32
 
 
 class Weights(NamedTuple):
@@ -57,17 +61,36 @@ class Plan(NamedTuple):
     weights: Tensor
     tokens_per_expert: Tensor
 
-    def segments(self) -> list[Segment]:
-        """The experts that have tokens, in order. Reads the counts: one host sync."""
+    def batches(self, rows: int) -> list[Batch]:
+        """The experts that have tokens, in order, consecutive ones together up to so many rows.
+
+        Reads the counts: one host sync.
+        """
         counts = self.tokens_per_expert.tolist()
-        ids, weights = (tensor[: sum(counts)].split(counts) for tensor in (self.token_ids, self.weights))
-        return [Segment(e, ids[e], weights[e][:, None]) for e, count in enumerate(counts) if count]
+        groups: list[list[int]] = []
+        for expert in (expert for expert, count in enumerate(counts) if count):
+            if groups and sum(counts[other] for other in groups[-1]) + counts[expert] <= rows:
+                groups[-1].append(expert)
+            else:
+                groups.append([expert])
+        sizes = [[counts[expert] for expert in group] for group in groups]
+        totals = [sum(each) for each in sizes]
+        ids, weights = (tensor[: sum(totals)].split(totals) for tensor in (self.token_ids, self.weights))
+        return [Batch(*each) for each in zip(groups, sizes, ids, (part[:, None] for part in weights), strict=True)]
 
 
-class Segment(NamedTuple):
-    """One expert's tokens ``[N]`` and combine weights ``[N, 1]``."""
+class Batch(NamedTuple):
+    """Experts whose rows go through everything but the products together.
 
-    expert: int
+    Attributes:
+        experts: their numbers, ascending.
+        sizes: rows of each.
+        ids: tokens ``[N]``, expert by expert.
+        weights: combine weights ``[N, 1]``.
+    """
+
+    experts: list[int]
+    sizes: list[int]
     ids: Tensor
     weights: Tensor
 
@@ -78,13 +101,20 @@ class Slot(NamedTuple):
     grad: Tensor
     add: bool
 
-    def put_outer(self, expert: int, grad_NO: Tensor, x_NI: Tensor) -> None:
-        """``gradᵀ · x``, straight into the expert's part where dtypes allow it."""
-        part = self.grad[expert]
-        if part.dtype == grad_NO.dtype:
-            outer_product(grad_NO, x_NI, out=part, add=self.add)
-        else:
-            self.put(expert, grad_NO.t() @ x_NI)
+    def put_outer(self, batch: Batch, grad_NO: Tensor, x_NI: Tensor) -> None:
+        """``gradᵀ · x`` of each expert, straight into its part where dtypes allow it."""
+        rows = zip(batch.experts, grad_NO.split(batch.sizes), x_NI.split(batch.sizes), strict=True)
+        for expert, grad_MO, x_MI in rows:
+            part = self.grad[expert]
+            if part.dtype == grad_MO.dtype:
+                outer_product(grad_MO, x_MI, out=part, add=self.add)
+            else:
+                self.put(expert, grad_MO.t() @ x_MI)
+
+    def put_sum(self, batch: Batch, grad_NO: Tensor) -> None:
+        """The sum over each expert's rows."""
+        for expert, grad_MO in zip(batch.experts, grad_NO.split(batch.sizes), strict=True):
+            self.put(expert, grad_MO.sum(0))
 
     def put(self, expert: int, value: Tensor) -> None:
         part = self.grad[expert]
@@ -98,35 +128,34 @@ Slots = Mapping[str, Slot]
 
 
 def compute(x_TD: Tensor, weights: Weights, plan: Plan, activation: str, keep: bool) -> tuple[Tensor, list[Tensor]]:
-    """``y [T, D]``, and with ``keep`` the pre-activations ``[N, H]`` of each segment, for :func:`differentiate`."""
-    segments, dtype = plan.segments(), product_dtype(x_TD, training=keep)
+    """``y [T, D]``, and with ``keep`` the pre-activations ``[N, H]`` of each batch, for :func:`differentiate`."""
+    batches, dtype = plan.batches(_rows_together(x_TD, weights)), product_dtype(x_TD, training=keep)
 
-    def run(group: list[Segment]) -> tuple[Tensor, dict[int, Tensor]]:
+    def run(group: list[Batch]) -> tuple[Tensor, dict[int, Tensor]]:
         y_TD, kept = torch.zeros_like(x_TD, dtype=_exact(x_TD)), {}
-        for segment in group:
-            pre_NH = _forward(x_TD, weights, segment, activation, dtype=dtype, y_TD=y_TD)
+        for batch in group:
+            pre_NH = _forward(x_TD, weights, batch, activation, dtype=dtype, y_TD=y_TD)
             if keep:
-                kept[segment.expert] = pre_NH.to(x_TD.dtype)
+                kept[batch.experts[0]] = pre_NH.to(x_TD.dtype)
         return y_TD, kept
 
     with without_autocast(x_TD.device.type):
-        parts = side_by_side([partial(run, group) for group in _shares(segments, weights, x_TD)])
+        parts = side_by_side([partial(run, group) for group in _shares(batches, weights, x_TD)])
     y_TD, kept = _sum([part[0] for part in parts]), _merged([part[1] for part in parts])
-    return y_TD.to(x_TD.dtype), [kept[segment.expert] for segment in segments] if keep else []
+    return y_TD.to(x_TD.dtype), [kept[batch.experts[0]] for batch in batches] if keep else []
 
 
 def _forward(
-    x_TD: Tensor, weights: Weights, segment: Segment, activation: str, *, dtype: torch.dtype, y_TD: Tensor
+    x_TD: Tensor, weights: Weights, batch: Batch, activation: str, *, dtype: torch.dtype, y_TD: Tensor
 ) -> Tensor:
-    """One expert's tokens, added to ``y``; returns the pre-activation ``[N, H]``."""
-    expert, ids_N, weight_N1 = segment
-    x_ND = x_TD.index_select(0, ids_N).to(dtype)
-    pre_NH = times_transposed(x_ND, weights.up[expert].to(dtype), _part(weights.up_bias, expert, dtype))
-    hidden_NF = ACTIVATIONS[activation].forward(at_least_float32(pre_NH)).mul_(weight_N1)
-    out_ND = times_transposed(hidden_NF.to(dtype), weights.down[expert].to(dtype)).to(y_TD.dtype)
+    """One batch's tokens, added to ``y``; returns the pre-activation ``[N, H]``."""
+    x_ND = x_TD.index_select(0, batch.ids).to(dtype)
+    pre_NH = _each(times_transposed, x_ND, weights.up, batch, weights.up_bias)
+    hidden_NF = ACTIVATIONS[activation].forward(at_least_float32(pre_NH)).mul_(batch.weights)
+    out_ND = _each(times_transposed, hidden_NF.to(dtype), weights.down, batch).to(y_TD.dtype)
     if weights.down_bias is not None:
-        out_ND = out_ND.addcmul_(weight_N1.to(out_ND.dtype), weights.down_bias[expert].to(out_ND.dtype))
-    y_TD.index_add_(0, ids_N, out_ND)
+        out_ND = out_ND.addcmul_(batch.weights.to(out_ND.dtype), _rows_of(weights.down_bias, batch).to(out_ND.dtype))
+    y_TD.index_add_(0, batch.ids, out_ND)
     return pre_NH
 
 
@@ -141,22 +170,22 @@ def differentiate(
     slots: Slots,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``x [T, D]`` and of the combine weights ``[A]``; those of the experts go into their slots."""
-    segments = plan.segments()
-    saved = {segment.expert: pre_NH for segment, pre_NH in zip(segments, kept, strict=True)}
+    batches = plan.batches(_rows_together(x_TD, weights))
+    saved = {batch.experts[0]: pre_NH for batch, pre_NH in zip(batches, kept, strict=True)}
 
-    def run(group: list[Segment]) -> tuple[Tensor, dict[int, Tensor]]:
+    def run(group: list[Batch]) -> tuple[Tensor, dict[int, Tensor]]:
         grad_x_TD, found = torch.zeros_like(x_TD, dtype=_exact(x_TD)), {}
-        for segment in group:
-            pre_NH = saved[segment.expert]
-            found[segment.expert] = _backward(
-                grad_TD, x_TD, pre_NH, weights, segment, activation=activation, slots=slots, grad_x_TD=grad_x_TD
+        for batch in group:
+            pre_NH = saved[batch.experts[0]]
+            found[batch.experts[0]] = _backward(
+                grad_TD, x_TD, pre_NH, weights, batch, activation=activation, slots=slots, grad_x_TD=grad_x_TD
             )
         return grad_x_TD, found
 
-    parts = side_by_side([partial(run, group) for group in _shares(segments, weights, x_TD)])
-    _zero_idle(segments, slots)
+    parts = side_by_side([partial(run, group) for group in _shares(batches, weights, x_TD)])
+    _zero_idle(batches, slots)
     found = _merged([part[1] for part in parts])
-    grad_weights = [found[segment.expert].to(plan.weights.dtype) for segment in segments]
+    grad_weights = [found[batch.experts[0]].to(plan.weights.dtype) for batch in batches]
     return _sum([part[0] for part in parts]).to(x_TD.dtype), _padded(grad_weights, plan.weights)
 
 
@@ -165,42 +194,76 @@ def _backward(
     x_TD: Tensor,
     pre_NH: Tensor,
     weights: Weights,
-    segment: Segment,
+    batch: Batch,
     *,
     activation: str,
     slots: Slots,
     grad_x_TD: Tensor,
 ) -> Tensor:
-    """One expert's part, added to ``grad_x`` and put into the slots; returns the combine weights' gradient ``[N]``."""
-    (expert, ids_N, weight_N1), dtype = segment, product_dtype(x_TD, training=True)
-    grad_ND = grad_TD.index_select(0, ids_N).to(dtype)
-    grad_hidden_NF = at_least_float32(times(grad_ND, weights.down[expert].to(dtype)))  # of weight · activation
-    hidden_NF, grad_pre_NH = ACTIVATIONS[activation].backward(at_least_float32(pre_NH), grad_hidden_NF * weight_N1)
+    """One batch's part, added to ``grad_x`` and put into the slots; returns the combine weights' gradient ``[N]``."""
+    dtype = product_dtype(x_TD, training=True)
+    grad_ND = grad_TD.index_select(0, batch.ids).to(dtype)
+    grad_hidden_NF = at_least_float32(_each(times, grad_ND, weights.down, batch))  # of weight · activation
+    hidden_NF, grad_pre_NH = ACTIVATIONS[activation].backward(at_least_float32(pre_NH), grad_hidden_NF * batch.weights)
     grad_weight_N = torch.linalg.vecdot(grad_hidden_NF, hidden_NF)
     grad_pre_NH = grad_pre_NH.to(dtype)
-    grad_x_TD.index_add_(0, ids_N, times(grad_pre_NH, weights.up[expert].to(dtype)).to(grad_x_TD.dtype))
+    grad_x_TD.index_add_(0, batch.ids, _each(times, grad_pre_NH, weights.up, batch).to(grad_x_TD.dtype))
     if "up" in slots:
-        slots["up"].put_outer(expert, grad_pre_NH, x_TD.index_select(0, ids_N).to(dtype))
+        slots["up"].put_outer(batch, grad_pre_NH, x_TD.index_select(0, batch.ids).to(dtype))
     if "down" in slots:
-        slots["down"].put_outer(expert, grad_ND, hidden_NF.mul_(weight_N1).to(dtype))
+        slots["down"].put_outer(batch, grad_ND, hidden_NF.mul_(batch.weights).to(dtype))
     if "up_bias" in slots:
-        slots["up_bias"].put(expert, at_least_float32(grad_pre_NH).sum(0))
+        slots["up_bias"].put_sum(batch, at_least_float32(grad_pre_NH))
     if weights.down_bias is not None:
         exact_ND = at_least_float32(grad_ND)
-        grad_weight_N += exact_ND @ weights.down_bias[expert].to(exact_ND.dtype)
+        grad_weight_N += torch.linalg.vecdot(exact_ND, _rows_of(weights.down_bias, batch).to(exact_ND.dtype))
         if "down_bias" in slots:
-            slots["down_bias"].put(expert, weight_N1[:, 0].to(exact_ND.dtype) @ exact_ND)
+            slots["down_bias"].put_sum(batch, exact_ND * batch.weights.to(exact_ND.dtype))
     return grad_weight_N
 
 
-def _shares(segments: list[Segment], weights: Weights, x_TD: Tensor) -> list[list[Segment]]:
-    """The segments of each core; all in one group off the CPU, and in decoding, where a row or two of every
+def _each(
+    product: Callable[..., Tensor], rows: Tensor, stacked: Tensor, batch: Batch, bias: Tensor | None = None
+) -> Tensor:
+    """``product(rows of an expert, its matrix, its bias)``, expert by expert: ``[N, columns]`` in the rows' dtype."""
+    dtype, extra = rows.dtype, [] if bias is None else [bias]
+    if len(batch.experts) == 1:
+        return product(rows, *(tensor[batch.experts[0]].to(dtype) for tensor in (stacked, *extra)))
+    out = rows.new_empty(rows.shape[0], stacked.shape[1 if product is times_transposed else 2])
+    for expert, part, to in zip(batch.experts, rows.split(batch.sizes), out.split(batch.sizes), strict=True):
+        matrix = stacked[expert].to(dtype)
+        torch.mm(part, matrix.t() if product is times_transposed else matrix, out=to)
+    if bias is not None:
+        out += _rows_of(bias, batch).to(dtype)
+    return out
+
+
+def _rows_of(bias: Tensor, batch: Batch) -> Tensor:
+    """Each row's own expert's bias: ``[1 or N, columns]``."""
+    if len(batch.experts) == 1:
+        return bias[batch.experts]
+    return torch.cat([bias[e].expand(size, -1) for e, size in zip(batch.experts, batch.sizes, strict=True)])
+
+
+def _rows_together(x_TD: Tensor, weights: Weights) -> int:
+    """How many rows small experts share a batch up to; 1, that is each for itself, where a product is a large one.
+
+    With small experts the many calls on few numbers cost more than the products.
+    """
+    per_row = max(weights.up[0].numel(), weights.down[0].numel())
+    if x_TD.device.type != "cpu" or per_row >= MANY_WEIGHTS:
+        return 1
+    return CACHED // max(weights.up.shape[1], weights.up.shape[2])
+
+
+def _shares(batches: list[Batch], weights: Weights, x_TD: Tensor) -> list[list[Batch]]:
+    """The batches of each core; all in one group off the CPU, and in decoding, where a row or two of every
     product leave the cores together to the memory."""
     if x_TD.device.type != "cpu" or x_TD.shape[0] < MANY_TOKENS:
-        return [segments]
+        return [batches]
     per_row = weights.up[0].numel() + weights.down[0].numel()
     # Reading and writing an expert's weights costs about as much as multiplying some tens of rows with them.
-    return shares(segments, [per_row * (segment.ids.numel() + 32.0) for segment in segments])
+    return shares(batches, [per_row * (batch.ids.numel() + 32.0 * len(batch.experts)) for batch in batches])
 
 
 def _sum(parts: list[Tensor]) -> Tensor:
@@ -216,14 +279,14 @@ def _merged(parts: list[dict[int, Tensor]]) -> dict[int, Tensor]:
 
 
 def _padded(parts: list[Tensor], like: Tensor) -> Tensor:
-    """The segments' rows in one tensor of the shape of ``like``; 0 in what no segment covers."""
+    """The batches' rows in one tensor of the shape of ``like``; 0 in what no batch covers."""
     covered = sum(part.shape[0] for part in parts)
     return torch.cat([*parts, torch.zeros_like(like[covered:])])
 
 
-def _zero_idle(segments: list[Segment], slots: Slots) -> None:
+def _zero_idle(batches: list[Batch], slots: Slots) -> None:
     """Zero gradients for the experts without a token, where nothing is there to be kept."""
-    busy = {segment.expert for segment in segments}
+    busy = {expert for batch in batches for expert in batch.experts}
     for slot in slots.values():
         if not slot.add:
             for expert in set(range(slot.grad.shape[0])) - busy:
@@ -232,10 +295,6 @@ def _zero_idle(segments: list[Segment], slots: Slots) -> None:
 
 def _exact(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _part(stacked: Tensor | None, expert: int, dtype: torch.dtype) -> Tensor | None:
-    return None if stacked is None else stacked[expert].to(dtype)
 
 
 @torch.library.custom_op(
@@ -295,7 +354,7 @@ def experts_backward_op(
     grads = _empty_grads(stacked, wanted)
     slots = {name: Slot(grads[name], add=False) for name, want in zip(Weights._fields, wanted, strict=True) if want}
     plan = Plan(token_ids, weights, tokens_per_expert)
-    sizes = [segment.ids.numel() for segment in plan.segments()]
+    sizes = [batch.ids.numel() for batch in plan.batches(_rows_together(x, stacked))]
     parts = kept[: sum(sizes)].split(sizes) if sizes else ()
     grad_x, grad_weights = differentiate(grad, x, parts, stacked, plan, activation=activation, slots=slots)
     return grad_x, grad_weights, *grads.values()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moectl.moe import Experts, MLPExperts, products
+from moectl.moe import Experts, MLPExperts, expert_ops, products
 from moectl.moe.dispatch import Dispatch, dispatch
 from moectl.moe.expert_ops import experts_op
 from tests.moe.reference import EXPERTS, HIDDEN, Case, by_hand, cases, gradients, make_experts, mixture_by_token
@@ -64,6 +64,34 @@ def test_only_the_gradients_that_are_wanted(kind: str) -> None:
         torch.testing.assert_close(
             gradients(lambda: experts(x, frozen), leaves[wanted])[0], expected, rtol=0, atol=1e-13
         )
+
+
+@pytest.mark.parametrize(
+    ("rows", "batches"), [(1, [[0], [2], [3]]), (6, [[0], [2, 3]]), (7, [[0, 2], [3]]), (99, [[0, 2, 3]])]
+)
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts_that_share_a_batch(
+    kind: str, in_place: bool, rows: int, batches: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Together or each for itself, forward and every gradient agree with the loop; experts have 4, 0, 3 and 3 rows."""
+    experts, x, plan = problem(kind)
+    assert plan.tokens_per_expert.tolist() == [4, 0, 3, 3]
+    assert [batch.experts for batch in expert_ops.Plan(*plan[:1], *plan[2:4]).batches(rows)] == batches
+    monkeypatch.setattr(expert_ops, "CACHED", rows * max(experts.stacked().up.shape[1:]))
+    weights = plan.weights.detach().requires_grad_()
+    leaves, found = (x, weights, *experts.parameters()), []
+    for backend in ("loop", "grouped"):
+        experts.backend = backend
+        experts.accumulate_gradients_in_place(in_place)
+        for leaf in leaves:
+            leaf.grad = None
+        out = experts(x, plan._replace(weights=weights))
+        out.square().sum().backward()
+        found.append([out.detach(), *(leaf.grad.clone() for leaf in leaves if leaf.grad is not None)])
+    assert len(found[0]) == len(leaves) + 1
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("in_place", [False, True])

@@ -323,8 +323,9 @@ def results(
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes of what ``expert_ops`` hands to :func:`side_by_side`, small products being worth it here."""
+    """Sizes of what ``expert_ops`` hands to :func:`side_by_side`: small experts are worth it here, each for itself."""
     monkeypatch.setattr(parallel, "WORTHWHILE", 1.0)
+    monkeypatch.setattr(expert_ops, "CACHED", 1)
     sizes: list[int] = []
     monkeypatch.setattr(expert_ops, "side_by_side", lambda tasks: sizes.append(len(tasks)) or side_by_side(tasks))
     return sizes
