@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from moectl.config.guards import CollapseConfig as CollapseConfig
+from moectl.config.guards import SpikeConfig
 from moectl.config.schedule import ScheduleConfig
 from moectl.config.settings import Beta as Beta
 from moectl.config.settings import Fraction as Fraction
@@ -19,6 +21,7 @@ from moectl.config.settings import Positive as Positive
 from moectl.config.settings import PositiveInt as PositiveInt
 from moectl.config.settings import Seed as Seed
 from moectl.config.settings import Settings as Settings
+from moectl.config.upcycling import UpcyclingSettings
 from moectl.errors import did_you_mean
 from moectl.paths import check_name
 
@@ -96,20 +99,13 @@ class CapacityConfig(Settings):
         return self
 
 
-class MoEConfig(Settings):
+class MoEConfig(UpcyclingSettings):
     """Experts, router and losses."""
 
     router: dict[str, Any] = Field(
         default_factory=lambda: {"name": "top1"}, description="name and the router's own options"
     )
-    num_experts: Annotated[int, Field(ge=1)] = 8
     layers: str = Field("last:4", description="all | last:N | every:N | a list such as 2,3")
-    init: Literal["auto", "copy", "random"] = Field(
-        "auto",
-        description="copies of the dense MLP, or drawn afresh; auto: copy from a trained base, random from scratch",
-    )
-    init_noise: NonNegative = Field(1e-3, description="noise of copied experts, in standard deviations of each matrix")
-    expert_intermediate_size: PositiveInt | None = Field(None, description="default: the dense MLP's")
     n_shared_experts: Annotated[int, Field(ge=0)] = 0
     backend: str = Field("grouped", description="loop | grouped | full")
     lb_coef: NonNegative | None = Field(
@@ -259,15 +255,6 @@ class OptimConfig(Settings):
     min_lr_ratio: Fraction = 0.1
 
 
-class CollapseConfig(Settings):
-    """When a layer counts as collapsed."""
-
-    max_share: Fraction = 0.6
-    min_share_of_uniform: Fraction = 0.1
-    min_expected_count: Positive = 100.0
-    patience: PositiveInt = 3
-
-
 class TrainConfig(Settings):
     """The loop. A step is one optimizer step over ``batch_size · grad_accum`` blocks."""
 
@@ -283,12 +270,25 @@ class TrainConfig(Settings):
     eval_every: PositiveInt = 200
     check_every: PositiveInt = Field(50, description="steps between collapse checks")
     checkpoint_every: PositiveInt = 200
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: PositiveInt = Field(2, description="the newest so many are kept, and that of step 0")
+    keep_best: bool = Field(
+        True, description="keep that of the lowest held-out LM loss too; an evaluation that sets it saves one"
+    )
     early_stop: bool = Field(False, description="end the run, with exit code 3, when a layer has collapsed")
     collapse: CollapseConfig = CollapseConfig()
+    spike: SpikeConfig = Field(SpikeConfig(), description="what a sudden jump of the LM loss is answered with")
+    halve_on_oom: bool = Field(
+        False,
+        description="out of memory: go on with half the micro-batch, twice as many of them (same tokens per step)",
+    )
     allow_noncausal: bool = Field(
         False, description="train where later tokens change earlier outputs; every metric then carries a mark"
     )
+
+    @field_validator("spike", mode="before")
+    @classmethod
+    def _spike(cls, value: Any) -> Any:
+        return {"action": value} if isinstance(value, (str, bool)) else value
 
 
 class EvalConfig(Settings):

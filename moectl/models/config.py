@@ -46,7 +46,7 @@ class DecoderConfig:
 
     @property
     def expert_intermediate_size(self) -> int:
-        return (self.moe and self.moe.expert_intermediate_size) or self.intermediate_size
+        return self.intermediate_size if self.moe is None else self.moe.expert_size(self.intermediate_size)
 
     def with_moe(self, moe: MoEConfig | None) -> DecoderConfig:
         """The same shape with experts in the layers that ``moe.layers`` names."""

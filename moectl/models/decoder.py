@@ -9,6 +9,7 @@ heads, P head dimension, V vocabulary.
 from __future__ import annotations
 
 import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from moectl.models.cache import KVCache
 from moectl.models.config import DecoderConfig
 from moectl.models.cross_entropy import linear_cross_entropy
+from moectl.models.generation import choose_token, continue_text
 from moectl.moe.capacity import Capacity
 from moectl.moe.experts import GatedExperts
 from moectl.moe.layer import MoELayer
@@ -122,6 +124,9 @@ class Decoder(nn.Module):
         config: the shape; weights are drawn from torch's global generator.
     """
 
+    kind: Literal["decoder", "hf"] = "decoder"
+    max_length: int | None = None
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
@@ -206,6 +211,18 @@ class Decoder(nn.Module):
         hidden_ND = self.hidden_states(input_ids, doc_ids, token_mask, positions=positions).flatten(0, 1)
         return linear_cross_entropy(hidden_ND, self.lm_head.weight, labels.flatten())
 
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self.config.eos_token_id
+
+    def describe(self) -> dict[str, Any]:
+        """The architecture without weights, as JSON."""
+        return {"kind": self.kind, "decoder": self.config.to_dict()}
+
     def moe_layers(self) -> dict[int, MoELayer]:
         """The MoE layers by layer number, in model order."""
         return {n: layer.mlp for n, layer in enumerate(self.layers) if isinstance(layer.mlp, MoELayer)}
@@ -226,18 +243,13 @@ class Decoder(nn.Module):
         that has ended goes on with it.
         """
         cache = KVCache(self.config.num_layers)
-        ended_B = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        step_ids, output = input_ids, [input_ids]
-        for _ in range(max_new_tokens):
-            logits_BV = at_least_float32(self(step_ids, cache=cache)[:, -1])
-            next_B = choose_token(logits_BV, temperature, top_k, generator)
-            next_B = torch.where(ended_B, self.config.eos_token_id, next_B)
-            ended_B = ended_B | (next_B == self.config.eos_token_id)
-            step_ids = next_B[:, None]
-            output.append(step_ids)
-            if bool(ended_B.all()):
-                break
-        return torch.cat(output, dim=1)
+        return continue_text(
+            lambda step_ids: self(step_ids, cache=cache)[:, -1],
+            input_ids,
+            max_new_tokens,
+            eos_token_id=self.eos_token_id,
+            choose=lambda logits_BV: choose_token(logits_BV, temperature, top_k, generator),
+        )
 
 
 def build_moe_layer(config: DecoderConfig, layer: int) -> MoELayer:
@@ -293,19 +305,3 @@ def attention_mask(
     if token_mask is not None:
         causal = causal & token_mask[:, None, :] | torch.ones_like(causal).tril(past).triu(past)
     return causal[:, None]
-
-
-def choose_token(logits_BV: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """One token per row ``[B]``: the most likely at temperature 0, else sampled from the top k.
-
-    Raises:
-        ValueError: a negative temperature, or ``top_k`` below 1.
-    """
-    if temperature < 0 or (top_k is not None and top_k < 1):
-        raise ValueError(f"temperature must be >= 0 and top_k >= 1 or None, not {temperature} and {top_k}")
-    if temperature == 0:
-        return logits_BV.argmax(dim=-1)
-    if top_k is not None:
-        kth = logits_BV.topk(min(top_k, logits_BV.shape[-1])).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < kth, -math.inf)
-    return torch.multinomial(torch.softmax(logits_BV / temperature, dim=-1), 1, generator=generator).squeeze(1)

@@ -1,68 +1,73 @@
-"""A trained dense decoder into a Mixture of Experts that computes the same function."""
+"""A trained dense decoder into a Mixture of Experts that computes the same function, where the init can."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
 from moectl.config.schema import MoEConfig
 from moectl.errors import ConfigError
 from moectl.models.decoder import Decoder, GatedMLP
-from moectl.moe.layer import MoELayer
-from moectl.moe.upcycle import stack_copies
+from moectl.moe.filling import check_layer, fill_layer
+from moectl.moe.upcycle import Layout
 
 
-def upcycle_decoder(dense: Decoder, moe: MoEConfig, generator: torch.Generator | None = None) -> Decoder:
+def upcycle_decoder(
+    dense: Decoder,
+    moe: MoEConfig,
+    generator: torch.Generator | None = None,
+    *,
+    experts: Sequence[Decoder] = (),
+) -> Decoder:
     """A new decoder whose chosen MLPs are experts; everything else is copied bit for bit.
 
-    With ``init: copy``, ``init_noise = 0`` and combine weights that sum to one, the result computes
-    the dense function. Shared experts start with a zero down projection. The gates and ``random``
-    experts are drawn from torch's global generator.
+    With ``init: copy``, ``init_noise = 0`` and combine weights that sum to one, or with ``init: split``
+    without noise, the result computes the dense function. Fresh shared experts start with a zero down
+    projection. The gates and ``random`` experts are drawn from torch's global generator.
+
+    Args:
+        generator: a CPU generator for whatever else is drawn.
+        experts: for ``init: experts-from``, a dense decoder of the same shape per expert.
 
     Raises:
         AssertionError: ``moe.init`` is still ``auto``; the caller knows whether the base is trained.
-        ConfigError: the decoder has experts already; copied experts of another size than the dense
-            MLP's; a router whose weights do not sum to one, which would shrink every copied layer.
+        ConfigError: the decoder has experts already; what :func:`moectl.moe.filling.check_layer` refuses;
+            experts of another shape.
     """
     assert moe.init != "auto"
     if dense.config.moe_layers:
         raise ConfigError("the base has experts already", "Upcycle a dense run (preset: dense).")
     model = Decoder(dense.config.with_moe(moe))
-    if moe.init == "copy":
-        _check_copy(model, dense.config.intermediate_size)
+    for layer in model.moe_layers().values():
+        check_layer(layer, moe, dense.config.intermediate_size)
+    _check_experts(dense, moe, experts)
     model.to(next(dense.parameters()))  # before the weights come in: float64 would lose bits on the way
     loaded = model.load_state_dict(dense.state_dict(), strict=False)
     assert all(".mlp." in key for key in (*loaded.missing_keys, *loaded.unexpected_keys)), loaded
     for number, layer in model.moe_layers().items():
-        source = dense.layers[number].mlp
-        assert isinstance(source, GatedMLP)
-        if moe.init == "copy":
-            copies = stack_copies(source.stacked_layout(), moe.num_experts, noise=moe.init_noise, generator=generator)
-            layer.experts.load_state_dict(copies)
-        if isinstance(layer.shared_experts, GatedMLP):
-            torch.nn.init.zeros_(layer.shared_experts.down_proj.weight)
+        layouts = [_layout(each, number) for each in experts]
+        fill_layer(layer, _layout(dense, number), moe, generator=generator, experts=layouts)
     return model
 
 
-def _check_copy(model: Decoder, dense_size: int) -> None:
-    if model.config.expert_intermediate_size != dense_size:
-        raise ConfigError(
-            f"copied experts have the dense MLP's {dense_size} neurons, not {model.config.expert_intermediate_size}",
-            "Leave moe.expert_intermediate_size unset, or use moe.init: random.",
-        )
-    for layer in model.moe_layers().values():
-        if not _weights_sum_to_one(layer):
+def _layout(dense: Decoder, number: int) -> Layout:
+    source = dense.layers[number].mlp
+    assert isinstance(source, GatedMLP)
+    return source.stacked_layout()
+
+
+def _check_experts(dense: Decoder, moe: MoEConfig, experts: Sequence[Decoder]) -> None:
+    if moe.init != "experts-from":
+        return
+    if len(experts) != moe.num_experts:
+        raise ConfigError(f"{len(experts)} models were given for {moe.num_experts} experts", "Give one per expert.")
+    for name, other in zip(moe.experts_from, experts, strict=True):
+        if other.config != dense.config:
             raise ConfigError(
-                f"the weights of router '{type(layer.router).__name__}' do not sum to one: every copied layer's"
-                " output would shrink",
-                "Use top1 or topk with norm_topk_prob: true, or moe.init: random.",
+                f"'{name}' is no fine-tune of the base: its shape differs", "Experts come from one dense base."
             )
-
-
-def _weights_sum_to_one(layer: MoELayer) -> bool:
-    """Ask the router itself, on a few tokens, in eval."""
-    probe = torch.randn(8, layer.router.hidden_size, generator=torch.Generator().manual_seed(0))
-    training = layer.router.training
-    with torch.no_grad():
-        total = layer.router.eval()(probe).topk_weights.sum(-1)
-    layer.router.train(training)
-    return bool(torch.allclose(total, torch.ones_like(total), atol=1e-5))
+    if moe.router_prompts:
+        raise ConfigError(
+            "moe.router_prompts needs a Hugging Face base", "Leave it away: the gate then starts at random."
+        )

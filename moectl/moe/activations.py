@@ -7,6 +7,7 @@ arithmetic. Shape suffixes: N rows, F expert intermediate, H pre-activation colu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -57,8 +58,15 @@ def _gelu_backward(pre_NH: Tensor, grad_NF: Tensor) -> tuple[Tensor, Tensor]:
     return _gelu(pre_NH), torch.ops.aten.gelu_backward(grad_NF, pre_NH, approximate="tanh")
 
 
-#: ``swiglu``: ``silu(gate) · up`` (Shazeer 2020, arXiv:2002.05202); ``gelu_tanh``: GPT-2's.
+def gelu_new(pre_NH: Tensor) -> Tensor:
+    """Tanh-GELU step by step, as GPT-2's own code has it: the same function, which rounds differently."""
+    return 0.5 * pre_NH * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (pre_NH + 0.044715 * torch.pow(pre_NH, 3.0))))
+
+
+#: ``swiglu``: ``silu(gate) · up`` (Shazeer 2020, arXiv:2002.05202); ``gelu_tanh``: GPT-2's; ``gelu_new``: the same,
+#: where :meth:`moectl.moe.experts.MLPExperts.one` is to round as GPT-2 does.
 ACTIVATIONS: dict[str, Activation] = {
     "swiglu": Activation(_swiglu, _swiglu_backward, gated=True),
     "gelu_tanh": Activation(_gelu, _gelu_backward, gated=False),
+    "gelu_new": Activation(_gelu, _gelu_backward, gated=False),
 }

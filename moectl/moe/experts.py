@@ -7,12 +7,14 @@ Shape suffixes: T tokens, N rows of one expert, D hidden, E experts, F expert in
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moectl.errors import unknown
+from moectl.moe.activations import gelu_new
 from moectl.moe.backends import BACKENDS, register_backend
 from moectl.moe.dispatch import Dispatch
 from moectl.moe.expert_ops import Weights
@@ -115,10 +117,17 @@ class MLPExperts(Experts):
         down_proj: ``[E, D, F]``; down_proj_bias: ``[E, D]``.
     """
 
-    activation = "gelu_tanh"
-
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, backend: str = "grouped") -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        backend: str = "grouped",
+        *,
+        activation: Literal["gelu_tanh", "gelu_new"] = "gelu_tanh",
+    ) -> None:
         super().__init__(num_experts, hidden_size, intermediate_size, backend)
+        self.activation = activation
         self.up_proj = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
         self.up_proj_bias = nn.Parameter(torch.empty(num_experts, intermediate_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
@@ -126,8 +135,11 @@ class MLPExperts(Experts):
         self.reset_parameters()
 
     def one(self, expert: int, x_ND: Tensor) -> Tensor:
-        up_NF = F.linear(x_ND, self.up_proj[expert], self.up_proj_bias[expert])
-        return F.linear(F.gelu(up_NF, approximate="tanh"), self.down_proj[expert], self.down_proj_bias[expert])
+        # GPT-2's Conv1D keeps its matrices the other way round, and a transposed product rounds differently.
+        up_DF, down_FD = (matrix.t().contiguous() for matrix in (self.up_proj[expert], self.down_proj[expert]))
+        up_NF = torch.addmm(self.up_proj_bias[expert], x_ND, up_DF)
+        hidden_NF = gelu_new(up_NF) if self.activation == "gelu_new" else F.gelu(up_NF, approximate="tanh")
+        return torch.addmm(self.down_proj_bias[expert], hidden_NF, down_FD)
 
     def stacked(self) -> Weights:
         return Weights(self.up_proj, self.down_proj, self.up_proj_bias, self.down_proj_bias)

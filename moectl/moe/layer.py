@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moectl.errors import ConfigError
 from moectl.moe.capacity import Capacity
@@ -23,6 +24,7 @@ class MoELayer(nn.Module):
         shared_experts: an always-on module whose output is added to the routed sum, or None.
         capacity: how many tokens an expert takes, in training only unless it says otherwise; None
             for no limit.
+        dropout: of the whole output, after the experts are combined, as the MLP in this place had it.
 
     Attributes:
         capacity: as given; may be replaced between calls.
@@ -42,6 +44,8 @@ class MoELayer(nn.Module):
         experts: Experts,
         shared_experts: nn.Module | None = None,
         capacity: Capacity | None = None,
+        *,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         ours, theirs = (router.num_experts, router.hidden_size), (experts.num_experts, experts.hidden_size)
@@ -51,6 +55,7 @@ class MoELayer(nn.Module):
         self.experts = experts
         self.shared_experts = shared_experts
         self.capacity = capacity
+        self.dropout = dropout
         self.routing: RouterOutput | None = None
         self.token_mask: Tensor | None = None
         self.dropped: Tensor | None = None
@@ -85,4 +90,6 @@ class MoELayer(nn.Module):
         plan = dispatch(self.routing, self.capacity if limited else None, token_mask=self.token_mask)
         self.dropped = plan.dropped
         out = self.experts(x_TD, plan).reshape(x.shape)
-        return out if self.shared_experts is None else out + self.shared_experts(x)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(x)
+        return F.dropout(out, self.dropout, self.training) if self.dropout > 0.0 else out

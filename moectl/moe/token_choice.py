@@ -10,10 +10,10 @@ from abc import abstractmethod
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from moectl.config.settings import Fraction, Positive
+from moectl.config.settings import Fraction, Positive, PositiveInt
 from moectl.moe.noise import AnnealedNoise, NoiseOptions
 from moectl.moe.router import Router, RouterConfig, entropy, stable_topk
 from moectl.moe.types import RouterOutput
@@ -27,6 +27,18 @@ class TokenChoiceOptions(RouterConfig):
         0.0, description="training: chance of each expert to be unavailable for a call (at least k stay)"
     )
     random_routing: Fraction = Field(0.0, description="training: share of tokens that get random experts")
+    new_experts: Annotated[int, Field(ge=0)] = Field(
+        0, description="the last so many experts came later: closed at first, then opened step by step"
+    )
+    opening_steps: PositiveInt = Field(200, description="optimizer steps until new experts are wholly open")
+
+    @model_validator(mode="after")
+    def _opening(self) -> TokenChoiceOptions:
+        if not self.new_experts and self.opening_steps != type(self).model_fields["opening_steps"].default:
+            raise ValueError(f"opening_steps = {self.opening_steps} has no effect: new_experts is 0")
+        if self.new_experts and self.expert_dropout:
+            raise ValueError("expert_dropout and new_experts do not go together: too few experts may be left open")
+        return self
 
 
 class TokenChoiceRouter(Router):
@@ -36,11 +48,37 @@ class TokenChoiceRouter(Router):
         """The common options only."""
 
     config: TokenChoiceOptions
+    opened_steps: Tensor
+
+    def __init__(self, config: TokenChoiceOptions, *, hidden_size: int, num_experts: int) -> None:
+        super().__init__(config, hidden_size=hidden_size, num_experts=num_experts)
+        if config.new_experts:
+            self.register_buffer("opened_steps", torch.zeros((), dtype=torch.int64))
+
+    def check_top_k(self, k: int) -> None:
+        super().check_top_k(k)
+        new = self.config.new_experts
+        if k > self.num_experts - new:
+            raise ValueError(f"top_k is {k}, but {new} of {self.num_experts} experts are new and closed at first")
 
     def clamp(self, logits_TE: Tensor) -> Tensor:
         """The logits that choose and weigh; the raw ones stay what the z-loss sees, and pulls back."""
         bound = self.config.logit_clamp
-        return logits_TE if bound is None else logits_TE.clamp(-bound, bound)
+        return self.hold_back(logits_TE if bound is None else logits_TE.clamp(-bound, bound))
+
+    def hold_back(self, scores_TE: Tensor) -> Tensor:
+        """Scores with ``log(share of the opening done)`` added for new experts: -inf, and so never, at first."""
+        new = self.config.new_experts
+        if not new:
+            return scores_TE
+        share = (self.opened_steps.to(scores_TE.dtype) / self.config.opening_steps).clamp(max=1.0)
+        return torch.cat([scores_TE[:, :-new], scores_TE[:, -new:] + share.log()], dim=-1)
+
+    def end_step(self, load_E: Tensor, *, tokens: int) -> None:
+        """The common end of a step; new experts are a little more open after it."""
+        super().end_step(load_E, tokens=tokens)
+        if self.config.new_experts:
+            self.opened_steps += 1
 
     def choose(self, scores_TE: Tensor) -> Tensor:
         """The ``top_k`` experts of the highest score, best first, ties to the lowest index: ``[T, K]``."""
@@ -50,7 +88,7 @@ class TokenChoiceRouter(Router):
         """Scores as training lets chance change them: random for some tokens, -inf for unavailable experts."""
         if self.training and self.config.random_routing > 0.0:
             random_T1 = torch.rand_like(scores_TE[:, :1]) < self.config.random_routing
-            scores_TE = torch.where(random_T1, torch.rand_like(scores_TE), scores_TE)
+            scores_TE = torch.where(random_T1, self.hold_back(torch.rand_like(scores_TE)), scores_TE)
         if self.training and self.config.expert_dropout > 0.0:
             luck_E = torch.rand(self.num_experts, device=scores_TE.device)
             enough = luck_E.topk(self.top_k).values[-1]  # the k luckiest stay, whatever the draw

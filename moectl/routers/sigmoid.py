@@ -73,7 +73,7 @@ class SigmoidRouter(TokenChoiceRouter):
         # σ/Σσ as a softmax of log σ: defined where every σ underflows, and no ε in the denominator.
         log_scores_TE = F.logsigmoid(clamped_TE)
         probs_TE = torch.softmax(log_scores_TE, dim=-1)
-        indices_TK = self.choose(torch.sigmoid(clamped_TE) + self.expert_bias)
+        indices_TK = self.choose(self.hold_back(torch.sigmoid(clamped_TE) + self.expert_bias))
         chosen_TK = log_scores_TE.gather(1, indices_TK)
         weights_TK = torch.softmax(chosen_TK, dim=-1) if self.config.norm_topk_prob else chosen_TK.exp()
         return RouterOutput(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import Tensor
 
 from moectl.config.schema import MoEConfig
 from moectl.errors import ConfigError
+from moectl.models.config import DecoderConfig
 from moectl.models.decoder import Decoder, GatedMLP
+from moectl.models.language_model import LanguageModel
 from moectl.models.upcycle import upcycle_decoder
 from moectl.moe import GatedExperts
 from tests.models.conftest import VOCABULARY, MakeDecoder
@@ -190,3 +194,59 @@ def test_the_upcycled_gate_learns_from_the_language_model(make_decoder: MakeDeco
     for layer in upcycled.moe_layers().values():
         assert layer.router.weight.grad is not None
         assert layer.router.weight.grad.any(1).all()
+
+
+# --- the other inits: what is the same for every family is tested with its tensors and with transformers' models
+
+
+@pytest.mark.parametrize(("granularity", "shared"), [(4, 0), (4, 1), (2, 1), (20, 0)])
+def test_parts_keep_the_function_and_the_cost(make_decoder: MakeDecoder, granularity: int, shared: int) -> None:
+    dense = make_decoder()
+    router = {"name": "topk", "top_k": granularity - shared}
+    config = moe(router, init="split", granularity=granularity, n_shared_experts=shared, num_experts=2 * granularity)
+    upcycled = upcycle_decoder(dense, config).eval()
+    assert difference(dense, upcycled) <= 1e-10
+    assert upcycled.config.expert_intermediate_size == 20 // granularity
+    again = Decoder(DecoderConfig.from_dict(upcycled.config.to_dict()))
+    again.double().load_state_dict(upcycled.state_dict())
+    assert difference(upcycled, again.eval()) == 0.0
+
+
+def test_dropped_neurons_change_the_function_and_none_keeps_it(make_decoder: MakeDecoder) -> None:
+    dense = make_decoder()
+    assert difference(dense, upcycle_decoder(dense, moe(init="drop", drop_ratio=0.0)).eval()) <= 1e-10
+    assert difference(dense, upcycle_decoder(dense, moe(init="drop")).eval()) > 1e-3
+
+
+def test_experts_from_other_decoders(make_decoder: MakeDecoder) -> None:
+    dense, donors = make_decoder(), [make_decoder(seed=seed) for seed in (1, 2)]
+    config = moe(init="experts-from", num_experts=2, experts_from=["one", "two"])
+    layers = upcycle_decoder(dense, config, experts=donors).moe_layers()
+    for number, layer in layers.items():
+        for expert, donor in enumerate(donors):
+            source = donor.layers[number].mlp
+            assert isinstance(source, GatedMLP)
+            assert torch.equal(layer.experts.down_proj[expert], source.down_proj.weight)
+    with pytest.raises(ConfigError, match="1 models were given for 2"):
+        upcycle_decoder(dense, config, experts=donors[:1])
+    with pytest.raises(ConfigError, match="'two' is no fine-tune of the base"):
+        upcycle_decoder(dense, config, experts=[donors[0], make_decoder(intermediate_size=24)])
+    with pytest.raises(ConfigError, match="router_prompts needs a Hugging Face base"):
+        upcycle_decoder(dense, config.model_copy(update={"router_prompts": ("x", "y")}), experts=donors)
+
+
+def test_shrinking_on_purpose(make_decoder: MakeDecoder) -> None:
+    dense = make_decoder()
+    shrunk = upcycle_decoder(dense, moe({"name": "switch"}, allow_shrinking=True)).eval()
+    assert difference(dense, shrunk) > 1e-2
+
+
+def test_our_decoder_is_a_language_model(make_decoder: MakeDecoder) -> None:
+    for kind in ("dense", "top1"):
+        decoder = make_decoder(kind)
+        assert isinstance(decoder, LanguageModel)
+        assert (decoder.kind, decoder.vocab_size, decoder.eos_token_id) == ("decoder", VOCABULARY, 0)
+        assert decoder.max_length is None
+        described = json.loads(json.dumps(decoder.describe()))
+        assert DecoderConfig.from_dict(described["decoder"]) == decoder.config
+    assert not isinstance(torch.nn.Linear(2, 2), LanguageModel)

@@ -1,0 +1,216 @@
+"""The upcycle receipt: what became of a dense model, measured and counted before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moectl.config.schema import MoEConfig
+from moectl.hf.exact import exact_copy
+from moectl.hf.language_model import HFLanguageModel
+from moectl.models.accounting import (
+    BACKWARD,
+    Flops,
+    ParameterCount,
+    TransformerShape,
+    count,
+    decoder_shape,
+    forward_flops,
+    weight_bytes,
+)
+from moectl.models.decoder import Decoder
+from moectl.models.language_model import LanguageModel
+from moectl.models.modes import eval_mode
+
+ROWS, LENGTH = 2, 64  # of the batch that the error is measured on
+DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
+#: What counts as the same function: products over another number of rows round differently. Parts of an MLP have
+#: scaled matrices, which round in the model's own dtype: their float64 error says how.
+TOLERANCES: Mapping[str, Mapping[str, float]] = {
+    "copy": {"float32": 1e-4, "float64": 1e-10},
+    "split": {"float32": 1e-4},
+}
+
+
+class Dense(NamedTuple):
+    """What is kept of the dense model, which upcycling may change in place.
+
+    Attributes:
+        ids: the batch ``[B, S]``.
+        logits: of it, by the name of the dtype.
+        bytes: memory of its weights.
+    """
+
+    ids: Tensor
+    logits: dict[str, Tensor]
+    parameters: ParameterCount
+    flops: Flops
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What upcycling made.
+
+    Attributes:
+        base: what was upcycled; ``family`` is its kind of model.
+        init: never ``auto``.
+        layers: numbers of the layers with experts.
+        error: max |Δlogit| against the dense model, by dtype, on ``tokens`` seeded tokens in eval mode.
+        largest_logit: of the dense model there, for scale.
+        keeps_function: whether the errors are within rounding; None where the init does not mean to keep it.
+        parameters, flops, bytes: of both models: ``dense`` and ``moe``. FLOPs are per token, in rows of
+            ``length`` tokens, ``forward`` by part and ``training`` (forward and backward) in total.
+    """
+
+    base: str
+    family: str
+    init: str
+    router: str
+    num_experts: int
+    top_k: int
+    n_shared_experts: int
+    expert_size: int
+    layers: tuple[int, ...]
+    seed: int
+    tokens: int
+    error: Mapping[str, float]
+    largest_logit: float
+    keeps_function: bool | None
+    length: int
+    parameters: Mapping[str, ParameterCount]
+    flops: Mapping[str, Flops]
+    bytes: Mapping[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, with stable keys; what is no finite number as its text."""
+        plain = {key: value for key, value in vars(self).items() if key not in ("parameters", "flops")}
+        return {
+            **plain,
+            "layers": list(self.layers),
+            "error": {name: _finite(value) for name, value in self.error.items()},
+            "largest_logit": _finite(self.largest_logit),
+            "parameters": {name: counted.to_json() for name, counted in self.parameters.items()},
+            "flops": {
+                name: {"forward": flops.to_json(), "training": flops.total * (1 + BACKWARD)}
+                for name, flops in self.flops.items()
+            },
+            "flops_ratio": self.flops["moe"].total / self.flops["dense"].total,
+        }
+
+    def to_text(self) -> str:
+        """For a reader."""
+        dense, moe = self.parameters["dense"], self.parameters["moe"]
+        flops, ratio = self.flops["moe"], self.flops["moe"].total / self.flops["dense"].total
+        layers = ", ".join(map(str, self.layers))
+        shared = f" and {self.n_shared_experts} shared" if self.n_shared_experts else ""
+        errors = ", ".join(f"{value:.3g} in {name}" for name, value in self.error.items())
+        kept = {True: "the same function", False: "NOT the same function", None: "another function, as the init means"}
+        return "\n".join(
+            (
+                f"{self.base} ({self.family}): layers {layers} have {self.num_experts} experts of"
+                f" {self.expert_size:,} neurons, {self.top_k} per token{shared}, init {self.init}",
+                f"max |Δlogit|   {errors} (largest logit {self.largest_logit:.3g}, {self.tokens} tokens):"
+                f" {kept[self.keeps_function]}",
+                f"parameters     {moe.total:,} in total, {moe.active:,} active per token, {moe.inactive:,} inactive"
+                f" (dense: {dense.total:,})",
+                f"FLOPs / token  {flops.total:,.0f} forward, {flops.total * (1 + BACKWARD):,.0f} with backward, rows of"
+                f" {self.length} ({ratio:.4f} of dense; router {flops.router:,.0f})",
+                f"weights        {_size(self.bytes['moe'])} (dense: {_size(self.bytes['dense'])})",
+            )
+        )
+
+
+def measure_dense(model: LanguageModel, *, seed: int = 0, length: int | None = None) -> Dense:
+    """What the receipt needs of the dense model; call it before upcycling.
+
+    Takes memory for a float64 copy of the model while it runs.
+
+    Args:
+        seed: of the batch's random tokens.
+        length: of a row, for the FLOPs; default: 512, or all that the model takes.
+    """
+    columns = min(LENGTH, model.max_length or LENGTH)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, model.vocab_size, (ROWS, columns), generator=generator)
+    return Dense(
+        ids=ids,
+        logits={name: logits_in(model, ids, dtype) for name, dtype in DTYPES.items()},
+        parameters=count(model),  # type: ignore[arg-type]
+        flops=forward_flops(shape_of(model), (), length=length or row_length(model)),
+        bytes=weight_bytes(model),
+    )
+
+
+def write_receipt(
+    dense: Dense, model: LanguageModel, moe: MoEConfig, *, base: str, seed: int = 0, length: int | None = None
+) -> Receipt:
+    """The receipt of the upcycled ``model``, against what :func:`measure_dense` kept of the dense one."""
+    error = {
+        name: float((logits_in(model, dense.ids, dtype) - dense.logits[name]).abs().max())
+        for name, dtype in DTYPES.items()
+    }
+    layers = model.moe_layers()
+    first = next(iter(layers.values()))
+    meant = moe.init in TOLERANCES and moe.init_noise == 0.0 and not moe.allow_shrinking
+    within = all(error[name] <= tolerance for name, tolerance in TOLERANCES.get(moe.init, {}).items())
+    rows = length or row_length(model)
+    return Receipt(
+        base=base,
+        family=model.family.name if isinstance(model, HFLanguageModel) else model.kind,
+        init=moe.init,
+        router=moe.router_name,
+        num_experts=first.experts.num_experts,
+        top_k=first.router.top_k,
+        n_shared_experts=moe.n_shared_experts,
+        expert_size=first.experts.intermediate_size,
+        layers=tuple(layers),
+        seed=seed,
+        tokens=dense.ids.numel(),
+        error=error,
+        largest_logit=float(dense.logits["float64"].abs().max()),
+        keeps_function=within if meant else None,
+        length=rows,
+        parameters={"dense": dense.parameters, "moe": count(model)},  # type: ignore[arg-type]
+        flops={"dense": dense.flops, "moe": forward_flops(shape_of(model), layers.values(), length=rows)},
+        bytes={"dense": dense.bytes, "moe": weight_bytes(model)},
+    )
+
+
+def logits_in(model: LanguageModel, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logits ``[B, S, V]`` in eval mode, of a copy in ``dtype`` unless the model is in float32 and so asked."""
+    device = next(model.parameters()).device
+    plain = dtype == torch.float32 and {p.dtype for p in model.parameters()} == {dtype}
+    asked = model if plain else exact_copy(model, dtype)
+    with eval_mode(asked):  # type: ignore[arg-type]
+        return asked(ids.to(device)).cpu()
+
+
+def shape_of(model: LanguageModel) -> TransformerShape:
+    """The sizes that FLOPs follow from.
+
+    Raises:
+        TypeError: a model that is neither our decoder nor one of transformers.
+    """
+    if isinstance(model, HFLanguageModel):
+        return model.family.shape_of(model.config)
+    if isinstance(model, Decoder):
+        return decoder_shape(model.config)
+    raise TypeError(f"no shape is known of {type(model).__name__}")
+
+
+def row_length(model: LanguageModel) -> int:
+    """Of a row, where nothing else says it: 512 tokens, or all that the model takes."""
+    return min(512, model.max_length or 512)
+
+
+def _finite(value: float) -> float | str:
+    return value if torch.isfinite(torch.tensor(value)) else {True: "NaN"}.get(value != value, "Infinity")
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
