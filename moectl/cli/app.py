@@ -31,6 +31,7 @@ class Command(NamedTuple):
 # options) or as `app` (a Typer, for a group).
 COMMANDS: tuple[Command, ...] = (
     Command("The walk", "prepare", "Turn texts into a split, packed, content-addressed dataset"),
+    Command("The walk", "plan", "Say what a run takes: FLOPs, memory, time, money"),
     Command("The walk", "train", "Train a dense or Mixture-of-Experts model on it"),
     Command("The walk", "eval", "Measure held-out loss and bits per byte, domain by domain"),
     Command("The walk", "inspect", "See which experts take which text, beside honest nulls"),
