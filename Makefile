@@ -1,5 +1,6 @@
 # make demo   the whole walk on shipped text: prepare, train dense and MoE, eval, inspect (minutes)
 # make test   lint, types, import contracts, tests, and the tests of plugins/ from the outside
+# make test-long   the tests that take minutes each (20 kills of a run, for every router), one after the other
 # Each does all set-up in .venv first; the second time there is nothing left to set up.
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ PLUGINS := $(patsubst %/pyproject.toml,./%,$(wildcard plugins/*/pyproject.toml))
 PLUGINS_HOME := $(VENV)/plugins
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-plugins lint format clean
+.PHONY: help setup demo test test-long test-plugins lint format clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -26,6 +27,9 @@ demo: $(STAMP)
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 	@$(MAKE) --no-print-directory test-plugins
+
+test-long: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long -rP tests
 
 test-plugins: $(PLUGINS_HOME)
 	PYTHONPATH=$(PLUGINS_HOME) $(BIN)/python -m pytest $(PYTEST_FLAGS) plugins

@@ -58,6 +58,7 @@ def description(found: Mapping[str, Any]) -> RenderableType:
             f"Run {found['id']}",
             {
                 "status": found["status"],
+                "last sign of life": _seen(found["last_seen"]),
                 "reason": record.pop("exit_reason", None),
                 "marks": record.pop("marks", None),
                 "folder": f"{found['folder']} ({_compact(found['size_bytes'])}B)",
@@ -226,6 +227,12 @@ def _age(created: str | None) -> str | None:
         if seconds >= size:
             return f"{int(seconds // size)} {unit}"
     return f"{max(0, int(seconds))} s"
+
+
+def _seen(beat: Mapping[str, Any] | None) -> str | None:
+    if beat is None:
+        return None
+    return f"{datetime.fromtimestamp(beat['time'], UTC):%Y-%m-%d %H:%M:%S} UTC, PID {beat['pid']} on {beat['host']}"
 
 
 def _clock(event: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -31,7 +32,12 @@ def command(
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     name: Annotated[str | None, typer.Option(help="The run's name; default: label, seed and a hash.")] = None,
     resume: Annotated[
-        str | None, typer.Option(metavar="RUN", help="Continue this run, exactly where it stopped.")
+        str | None,
+        typer.Option(
+            metavar="RUN",
+            help="Continue this run, exactly where it stopped. auto: the newest that can go on; with a CONFIG or"
+            " options the run of that config, which is started where there is none.",
+        ),
     ] = None,
     deterministic: Annotated[
         bool | None, typer.Option("--deterministic", help="Bit-exact with several threads too.")
@@ -42,6 +48,7 @@ def command(
     ] = None,
     commit: Annotated[str | None, typer.Option(help="Record this commit instead of asking git.")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any config key.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Train nothing; say what it would take (plan).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> int:
     """Train one model; the same config, data and source as a finished run is not trained twice.
@@ -61,6 +68,8 @@ def command(
         "name": name,
     }
     overrides = {key: value for key, value in given.items() if value is not None}
+    if dry_run:
+        return _plan(config, sets or [], overrides, preset, resume, data=data, as_json=as_json)
     with out().progress("train") as bar:
         request = _request(data, commit, bar)
         outcome = _outcome(config, sets or [], overrides, preset, resume, request)
@@ -76,16 +85,35 @@ def _outcome(
     resume: str | None,
     request: RunRequest,
 ) -> RunOutcome:
-    from moectl.walk.train import resume_run, start_run
+    from moectl.walk.train import AUTO, resume_run, start_run
 
-    if resume is None:
-        return start_run(_load(path, sets, overrides, preset), request)
+    asked = path is not None or preset is not None or bool(sets) or bool(overrides)
+    if resume is None or (resume == AUTO and asked):
+        return start_run(_load(path, sets, overrides, preset), replace(request, go_on=resume is not None))
     if request.data is not None or request.commit is not None:
         option = "--data" if request.data is not None else "--commit"
         raise ConfigError(f"{option} does not go with --resume", "A resumed run keeps its data and its record.")
-    if path is None and preset is None and not sets and not overrides:
+    if not asked:
         return resume_run(resume, request)
     return resume_run(resume, request, lambda own: _load(path or str(own), sets, overrides, preset))
+
+
+def _plan(
+    path: str | None,
+    sets: list[str],
+    overrides: Mapping[str, Any],
+    preset: str | None,
+    resume: str | None,
+    *,
+    data: str | None,
+    as_json: bool,
+) -> int:
+    from moectl.cli.plan import show
+
+    if resume is not None:
+        raise ConfigError("--dry-run does not go with --resume", "A resumed run keeps its plan: moectl runs show RUN.")
+    show(_load(path, sets, overrides, preset), data, as_json=as_json)
+    return 0
 
 
 def _load(path: str | None, sets: list[str], overrides: Mapping[str, Any], preset: str | None) -> ExperimentConfig:

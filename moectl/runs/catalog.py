@@ -13,6 +13,7 @@ from moectl.errors import ConfigError, MoectlError
 from moectl.runs.entry import Entry
 from moectl.runs.files import explained
 from moectl.runs.find import newest_first, readable_runs
+from moectl.runs.heartbeat import last_beat
 from moectl.runs.rundir import RunDir, folder_size
 
 
@@ -61,6 +62,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "events": run.events(problems=problems),
         "checkpoints": [name for name in checkpoints if ".bad" not in name and not name.endswith(".tmp")],
         "size_bytes": folder_size(folder),
+        "last_seen": None if (beat := last_beat(folder)) is None else beat._asdict(),
         "patches": [name for name in ("diff.patch", "source.patch") if (folder / name).exists()],
         "problems": sorted(set(problems)),
     }

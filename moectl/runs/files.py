@@ -185,6 +185,11 @@ class LineWriter:
         self._size += len(data)
         return self._size
 
+    def sync(self) -> None:
+        """Flush what was written to the disk."""
+        with explained(f"write {self.path.name}"):
+            os.fsync(self._descriptor)
+
     def close(self) -> None:
         if self._descriptor >= 0:
             with contextlib.suppress(OSError):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from moectl.errors import MoectlError
+from moectl.runs.heartbeat import Heartbeat
 from moectl.runs.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 FLUSH_LINES = 100
 FLUSH_SECONDS = 5.0
-SAID = ("collapse", "router_logits")
-"""Events that the user is told of while the run goes on, each once per layer."""
+SAID = ("collapse", "router_logits", "loss_spike", "out_of_memory", "bad_checkpoint")
+"""Events that the user is told of while the run goes on: each once per layer, or step where it is of no layer."""
 
 
 class RunRecorder:
@@ -54,6 +55,7 @@ class RunRecorder:
                     self._say(warning)
         else:
             self._registry = registry
+        self._heartbeat = Heartbeat(rundir.path)
         self.flush()
 
     def log(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
@@ -66,7 +68,7 @@ class RunRecorder:
     def event(self, kind: str, message: str, **details: Any) -> None:
         """One thing that happened, with ``step=`` where it has one."""
         self.rundir.event(kind, message, **details)
-        about = (kind, details.get("layer"))
+        about = (kind, details.get("layer", ("step", details.get("spiked", details.get("step")))))
         if kind in SAID and about not in self._said and self._warn is not None:
             self._said.add(about)
             self._warn(f"warning: at step {details.get('step')}: {message}")
@@ -74,6 +76,15 @@ class RunRecorder:
     def routing(self, step: int, payload: Mapping[str, Any]) -> None:
         """Routing statistics of one step."""
         self.rundir.routing(step, payload)
+
+    def position(self) -> dict[str, int]:
+        """How far the record goes, in bytes; all of it is on the disk."""
+        return self.rundir.position()
+
+    def rewind(self, step: int, position: Mapping[str, int]) -> None:
+        """Forget what was recorded after a checkpoint of ``step`` was written at ``position``."""
+        self.rundir.truncate_after(step, position)
+        self.flush()
 
     def update(self, **fields: Any) -> None:
         """Merge fields into run.json, and into the index."""
@@ -92,10 +103,11 @@ class RunRecorder:
             self._give_up(error)
 
     def close(self) -> None:
-        """Last flush, then the lock goes."""
+        """Last flush, then the sign of life and the lock go."""
         try:
             self.flush()
         finally:
+            self._heartbeat.stop()
             self.rundir.release()
 
     def __enter__(self) -> Self:

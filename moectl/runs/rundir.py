@@ -9,7 +9,7 @@
     routing/       step-XXXXXXXX.json, routing statistics of one step
     env.json       versions, host, environment (allow-listed); diff.patch, source.patch
     checkpoints/   step-XXXXXXXX/
-    .lock          held by the one process that writes
+    .lock          held by the one process that writes; heartbeat.json, its last sign of life
 
 What goes into run.json and events.jsonl passes the secret masks first (``runs.secrets``). config.yaml is
 never masked, for a changed one could not be resumed: a configuration that holds a secret is refused.
@@ -38,6 +38,7 @@ from moectl.runs.files import (
     read_lines,
     write_atomic,
 )
+from moectl.runs.heartbeat import LOST_AFTER_S, alive_elsewhere
 from moectl.runs.lock import FileLock
 from moectl.runs.secrets import mask_value, secret_in
 from moectl.runs.settings import parse_config
@@ -137,8 +138,8 @@ class RunDir:
 
     @property
     def live(self) -> bool:
-        """True while a process writes this run."""
-        return self._lock.busy()
+        """True while a process writes this run: here by its lock, on a network file system by its sign of life too."""
+        return self._lock.busy() or alive_elsewhere(self.path) is not None
 
     @property
     def status(self) -> str:
@@ -154,6 +155,12 @@ class RunDir:
             raise ConfigError(
                 f"the run '{self.id}' is being written by {self._lock.holder()}",
                 "Wait until it ends, or choose another --name.",
+            )
+        if (beat := alive_elsewhere(self.path)) is not None:
+            self._lock.release()
+            raise ConfigError(
+                f"the run '{self.id}' is being written by PID {beat.pid} on {beat.host}, {beat.age:.0f} s ago",
+                f"If that process is gone, wait {LOST_AFTER_S:.0f} s from its last sign of life and try again.",
             )
         if (self.path / "run.json").exists():
             self.reload()
@@ -210,23 +217,44 @@ class RunDir:
             if not held:
                 self.release()
 
-    def truncate_after(self, step: int) -> None:
-        """Forget all rows, events and routing files after ``step``: what a resumed run does again."""
+    def position(self) -> dict[str, int]:
+        """Bytes of metrics.jsonl and events.jsonl so far, on the disk when this returns. Needs the lock."""
+        assert self._lock.held, "position() needs acquire() first"
+        sizes = {"metrics": 0, "events": 0}
+        for name, writer in (("metrics", self._metrics), ("events", self._events)):
+            path = self.path / f"{name}.jsonl"
+            if writer is not None:
+                writer.sync()
+            if path.exists():
+                sizes[name] = path.stat().st_size
+        return sizes
+
+    def truncate_after(self, step: int, position: Mapping[str, int] | None = None) -> None:
+        """Forget what a resumed run does again: all rows, events and routing files after ``step``.
+
+        Args:
+            step: that training goes on from.
+            position: where the record stood then; what is of ``step`` but was written later goes, too, such as
+                the final evaluation. None: by step alone.
+        """
         assert self._lock.held, "truncate_after() needs acquire() first"
         for writer in (self._metrics, self._events):
             if writer is not None:
                 writer.close()
         self._metrics = self._events = None
-        # An index that read the old rows sees by the generation that it must read again.
-        self.update(generation=int(self.record.get("generation", 0)) + 1)
-        for name in ("metrics.jsonl", "events.jsonl"):
-            path = self.path / name
+        for name in ("metrics", "events"):
+            path = self.path / f"{name}.jsonl"
             if path.exists():
-                kept = [line.value for line in read_lines(path) if _step_of(line.value) <= step]
-                write_atomic(path, "".join(dumps(value) + "\n" for value in kept))
+                end = None if position is None else position[name]
+                text = path.read_bytes()
+                kept = [text[line.begin : line.end] for line in read_lines(path) if _stays(line, step, end)]
+                write_atomic(path, b"".join(kept).decode())  # as they were: earlier positions stay true
         for file in (self.path / "routing").glob("step-*.json"):
             if int(file.stem.removeprefix("step-")) > step:
                 file.unlink()
+        # An index that read the old rows sees by the generation that it must read again. Last, for one that looks
+        # while the files change would else count old rows as new ones.
+        self.update(generation=int(self.record.get("generation", 0)) + 1)
 
     def metrics(self, *, problems: list[str] | None = None) -> Iterator[MetricRow]:
         """All rows in the order written. A broken line raises, or goes to ``problems``."""
@@ -272,9 +300,12 @@ def metric_row(line: Line, path: Path) -> MetricRow:
         raise MoectlError(message, "Remove the line, or restore the file from a copy.") from None
 
 
-def _step_of(value: Mapping[str, Any]) -> int:
-    step = value.get("step")
-    return step if isinstance(step, int) else -1  # an event without a step stays
+def _stays(line: Line, step: int, end: int | None) -> bool:
+    """Whether a line is of before ``step`` was saved; an event without a step stays."""
+    of = line.value.get("step")
+    if not isinstance(of, int):
+        return True
+    return of <= step if end is None else line.end <= end
 
 
 def folder_size(folder: Path) -> int:

@@ -16,7 +16,7 @@ _EVALUATED_AT_END = ("finished", "collapsed", "failed")  # an interrupted run is
 # What may differ between two runs of one configuration.
 _NOT_CONFIGURATION = frozenset({
     "name", "preset", "train.seed", "train.threads", "train.device", "train.log_every", "train.eval_every",
-    "train.checkpoint_every", "train.keep_checkpoints", "eval.max_blocks", "eval.batch_size",
+    "train.checkpoint_every", "train.keep_checkpoints", "train.keep_best", "eval.max_blocks", "eval.batch_size",
 })  # fmt: skip
 WHOLE = "the whole held-out split"
 

@@ -186,9 +186,35 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The JSON state, decoded. The caller has verified the file."""
-    state: dict[str, Any] = decode(json.loads((folder / STATE).read_bytes()))
+    """The JSON state, decoded. The caller has verified the file; CheckError where it was never a state."""
+    try:
+        state = decode(json.loads((folder / STATE).read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckError(f"{folder / STATE} is no state: {error}") from error
+    if not isinstance(state, dict):
+        raise CheckError(f"{folder / STATE} is no state: it holds a {type(state).__name__}")
     return state
+
+
+def refuse_full_disk(root: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raise OSError (ENOSPC) where the file system of ``root`` has not the room that ``parts`` will take.
+
+    An estimate: the tensors' bytes, and 256 for each in headers and JSON. Quotas are not seen here; what a quota
+    refuses is met in writing.
+    """
+    needed = 0
+    for tensors in parts.values():
+        dense = {n: t for n, t in tensors.items() if isinstance(t, Tensor) and t.layout == torch.strided}
+        once = dense.keys() - find_aliases(dense).keys()
+        needed += sum(256 + dense[name].numel() * dense[name].element_size() for name in once)
+    there = os.statvfs(root)
+    free = there.f_bavail * there.f_frsize
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"it takes about {_megabytes(needed)}, and {_megabytes(free)} are free", str(root))
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
 
 
 def fsync(path: Path) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from moectl.config.schema import CollapseConfig
+from moectl.config.guards import CollapseConfig
 from moectl.moe.stats import shares
+from moectl.training.pairs import Pair
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,12 @@ class Finding:
 
     Attributes:
         layer: layer number.
-        kind: ``dominance`` (one expert takes too many tokens) or ``starvation`` (one gets almost none).
-        expert: the expert.
-        share: of tokens for dominance, of assignments for starvation.
-        balanced: what it would be under an even load.
+        kind: ``dominance`` (one expert takes too many tokens), ``starvation`` (one gets almost none), or of a pair
+            of experts that are one: ``together`` (always chosen for the same tokens), ``alike`` (the same weights).
+        expert: the expert; the first of a pair.
+        share: of tokens for dominance, of assignments for starvation; of the tokens that chose either expert of
+            a pair those that chose both; the cosine of their weights.
+        balanced: what dominance or starvation would be under an even load; of a pair the bound it is over.
         in_a_row: consecutive checks at which this layer was in trouble, this one included.
         collapsed: whether that makes it a collapse.
     """
@@ -33,16 +36,30 @@ class Finding:
     balanced: float
     in_a_row: int
     collapsed: bool
+    other: int | None = None
+    """The second expert of a pair."""
 
     def __str__(self) -> str:
+        if self.other is not None:
+            return f"{self._head()}: {self._pair()}; {self._row()})"
         verb = "takes" if self.kind == "dominance" else "gets only"
-        state = "collapsed" if self.collapsed else "warning"
         unit, worst = ("tokens", 1) if self.kind == "dominance" else ("assignments", 0)
-        row = "1 check" if self.in_a_row == 1 else f"{self.in_a_row} checks in a row"
         return (
-            f"layer {self.layer} {state}: expert {self.expert} {verb} {self.share:.1%} of {unit}"
-            f" ({self.balanced:.1%} balanced, {worst:.0%} at worst; {row})"
+            f"{self._head()}: expert {self.expert} {verb} {self.share:.1%} of {unit}"
+            f" ({self.balanced:.1%} balanced, {worst:.0%} at worst; {self._row()})"
         )
+
+    def _head(self) -> str:
+        return f"layer {self.layer} {'collapsed' if self.collapsed else 'warning'}"
+
+    def _row(self) -> str:
+        return "1 check" if self.in_a_row == 1 else f"{self.in_a_row} checks in a row"
+
+    def _pair(self) -> str:
+        experts = f"experts {self.expert} and {self.other}"
+        if self.kind == "together":
+            return f"{experts} share {self.share:.1%} of the tokens of either (bound {self.balanced:.0%}"
+        return f"{experts} have grown alike, weight cosine {self.share:.4f} (bound {self.balanced:g}"
 
 
 class CollapseDetector:
@@ -52,21 +69,33 @@ class CollapseDetector:
         self.config = config
         self.in_a_row: dict[int, int] = {}
 
-    def check(self, counts: Mapping[int, Tensor], tokens: int, experts_choose: Collection[int] = ()) -> list[Finding]:
-        """Findings of this check, worst layer first.
+    def check(
+        self,
+        counts: Mapping[int, Tensor],
+        tokens: int,
+        experts_choose: Collection[int] = (),
+        *,
+        pairs: Mapping[int, Pair] | None = None,
+    ) -> list[Finding]:
+        """Findings of this check, one per layer in trouble, worst layer first. A layer's load goes before its pairs.
 
         Args:
             counts: per layer ``[E]`` assignments since the last check.
             tokens: real tokens since the last check.
             experts_choose: layers whose experts choose their tokens. There no expert can dominate.
+            pairs: per layer the pair of experts that are one.
         """
         findings = []
         for layer, counts_E in counts.items():
+            pair = (pairs or {}).get(layer)
             trouble = self._trouble(counts_E, tokens, layer not in experts_choose)
-            self.in_a_row[layer] = self.in_a_row.get(layer, 0) + 1 if trouble else 0
+            self.in_a_row[layer] = row = self.in_a_row.get(layer, 0) + 1 if trouble or pair else 0
+            collapsed = row >= self.config.patience
             if trouble:
-                row = self.in_a_row[layer]
-                findings.append(Finding(layer, *trouble, row, row >= self.config.patience))
+                findings.append(Finding(layer, *trouble, row, collapsed))
+            elif pair:
+                bound = self.config.max_together if pair.why == "together" else self.config.max_cosine
+                findings.append(Finding(layer, pair.why, pair.first, pair.value, bound, row, collapsed, pair.second))
         return sorted(findings, key=lambda finding: (finding.in_a_row, finding.share), reverse=True)
 
     def _trouble(self, counts_E: Tensor, tokens: int, tokens_choose: bool) -> tuple[str, int, float, float] | None:

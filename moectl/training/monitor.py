@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moectl.config.schema import CollapseConfig
+from moectl.config.guards import CollapseConfig
+from moectl.errors import CheckError
 from moectl.moe.layer import MoELayer
 from moectl.training.collapse import CollapseDetector, Finding
+from moectl.training.pairs import PairWatch
 from moectl.training.routing import StepRouting
 
 LARGE_LOGIT = 10.0
@@ -64,6 +66,9 @@ class RoutingMonitor:
     def __init__(self, layers: Mapping[int, MoELayer], domains: Sequence[str], collapse: CollapseConfig) -> None:
         self.layers, self.domains = layers, list(domains)
         self.detector = CollapseDetector(collapse)
+        self.pairs = PairWatch(collapse, layers)
+        #: Which experts the last step's tokens chose together, by layer ``[E, E]``; None where it was not counted.
+        self.together: dict[int, Tensor | None] = {}
         self.tokens = 0
         self.warned: set[int] = set()
         self.counts_NE = {
@@ -81,13 +86,16 @@ class RoutingMonitor:
             self.logit_abs[number] += step.logit_abs.cpu()
             if step.dropped is not None:
                 self.dropped[number] += step.dropped.cpu()
+            self.together[number] = step.together_EE
         self.tokens += tokens
 
     def check(self) -> Check:
         """What is to be said about the time since the last check; then counting starts anew."""
         counts = {number: counts_NE.sum(0) for number, counts_NE in self.counts_NE.items()}
         experts_choose = {number for number, layer in self.layers.items() if not layer.router.token_choice}
-        findings = self.detector.check(counts, self.tokens, experts_choose)
+        pairs = {number: self.pairs.check(number, self.together.get(number)) for number in self.layers}
+        found = {number: pair for number, pair in pairs.items() if pair is not None}
+        findings = self.detector.check(counts, self.tokens, experts_choose, pairs=found)
         logits = {number: float(total) / max(self.tokens, 1) for number, total in self.logit_abs.items()}
         # Not "above": NaN is no small number either.
         large = [LargeLogits(n, v) for n, v in logits.items() if not v <= LARGE_LOGIT and n not in self.warned]
@@ -104,13 +112,16 @@ class RoutingMonitor:
                 for (number, counts_NE), layer in zip(self.counts_NE.items(), self.layers.values(), strict=True)
             },
         }
-        for tensor in self.tensors().values():
+        for tensor in self._since_last_check().values():
             tensor.zero_()
         self.tokens = 0
         return Check(findings, large, counts, payload)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is counted, by name, for a checkpoint."""
+        """What is counted or known, by name, for a checkpoint."""
+        return self._since_last_check() | self.pairs.tensors()
+
+    def _since_last_check(self) -> dict[str, Tensor]:
         named = {f"layer.{number}": counts for number, counts in self.counts_NE.items()}
         named |= {f"logit_abs.{number}": total for number, total in self.logit_abs.items()}
         return named | {f"dropped.{number}": total for number, total in self.dropped.items()}
@@ -119,8 +130,16 @@ class RoutingMonitor:
         return {"tokens": self.tokens, "warned": sorted(self.warned), "collapse": self.detector.state_dict()}
 
     def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Continue from a checkpoint's state and tensors."""
+        """Continue from a checkpoint's state and tensors.
+
+        Raises:
+            CheckError: counts of another shape. KeyError: of a layer that is missing.
+        """
         self.tokens, self.warned = state["tokens"], set(state["warned"])
         self.detector.load_state_dict(state["collapse"])
         for name, tensor in self.tensors().items():
+            if tensors[name].shape != tensor.shape or tensors[name].dtype != tensor.dtype:
+                raise CheckError(
+                    f"the checkpoint's routing counts '{name}' are not {tensor.dtype} {list(tensor.shape)}"
+                )
             tensor.copy_(tensors[name])

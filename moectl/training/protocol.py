@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from moectl.models.decoder import Decoder
 
@@ -15,7 +15,12 @@ Evaluate = Callable[[Decoder, bool], Mapping[str, float]]
 
 
 class RunLogger(Protocol):
-    """Takes metrics, events and routing counts, durably and in order."""
+    """Takes metrics, events and routing counts, durably and in order.
+
+    ``position`` says how far the record goes and that it is on the disk; ``rewind`` forgets what came after a
+    position, and routing counts after its step. So a checkpoint knows its place in the record, and what is
+    done again after it is recorded once.
+    """
 
     def log(self, step: int, tokens: int, values: Mapping[str, float]) -> None: ...
 
@@ -23,11 +28,30 @@ class RunLogger(Protocol):
 
     def routing(self, step: int, payload: Mapping[str, Any]) -> None: ...
 
+    def position(self) -> Mapping[str, int]: ...
+
+    def rewind(self, step: int, position: Mapping[str, int]) -> None: ...
+
 
 class Progress(Protocol):
     """Shows where the run is; called after every optimizer step."""
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None: ...
+
+
+class Ending(NamedTuple):
+    """Why a run is over, in one sentence for people."""
+
+    status: Status
+    reason: str
+
+
+class Best(NamedTuple):
+    """The lowest held-out LM loss so far: of which metric (a part of the split is another one), at which step."""
+
+    metric: str
+    value: float
+    step: int
 
 
 @dataclass(frozen=True)
@@ -42,6 +66,7 @@ class TrainResult:
         metrics: the last value of every metric.
         train_seconds: time in optimizer steps only, this process (no evaluation, no checkpoints).
         train_tokens: tokens trained on in that time.
+        best: the lowest held-out LM loss, whose checkpoint is kept.
     """
 
     status: Status
@@ -51,3 +76,4 @@ class TrainResult:
     metrics: dict[str, float] = field(default_factory=dict)
     train_seconds: float = 0.0
     train_tokens: int = 0
+    best: Best | None = None

@@ -13,6 +13,7 @@ from torch import Tensor
 from moectl.config.schema import MoEConfig
 from moectl.moe.layer import MoELayer
 from moectl.moe.losses import BALANCE_LOSSES, LayerLoad, layer_load, masked_mean, merged, router_z_loss
+from moectl.training.pairs import chosen_together
 from moectl.training.schedules import balance_coefficient
 
 #: What a loss is called in the log, where that is not its own name: ``train/lb_loss``.
@@ -51,6 +52,7 @@ class LayerStep:
         trained: each balance loss as it was trained on, averaged over the micro-batches so far.
         logit_abs: mean |logit| of the micro-batches so far, summed over their tokens.
         dropped: assignments lost to capacity so far; None without one.
+        together_EE: tokens so far that chose both of two experts; None where nobody asked.
     """
 
     def __init__(self, num_domains: int, num_experts: int, device: torch.device) -> None:
@@ -60,6 +62,7 @@ class LayerStep:
         self.trained: dict[str, Tensor] = {}
         self.logit_abs = torch.zeros((), dtype=torch.float64, device=device)
         self.dropped: Tensor | None = None
+        self.together_EE: Tensor | None = None
 
     @property
     def counts_E(self) -> Tensor:
@@ -81,6 +84,7 @@ class StepRouting:
         num_domains: ``N``.
         tokens: real tokens of the whole step.
         lb_coef: of the Switch loss at this step; None for the config's.
+        pairs: count which experts are chosen together, too, where a token has several.
     """
 
     def __init__(
@@ -91,8 +95,9 @@ class StepRouting:
         *,
         tokens: int,
         lb_coef: float | None = None,
+        pairs: bool = False,
     ) -> None:
-        self.layers, self.moe, self.tokens = layers, moe, tokens
+        self.layers, self.moe, self.tokens, self.pairs = layers, moe, tokens, pairs
         switch = balance_coefficient(moe, layers) if lb_coef is None else lb_coef
         self.coefficients = {"switch": switch, "cv2": moe.cv2_coef, "entropy": moe.entropy_coef}
         self.steps = {
@@ -176,6 +181,9 @@ class StepRouting:
         if layer.dropped is not None:
             lost = layer.dropped.sum()
             step.dropped = lost if step.dropped is None else step.dropped + lost
+        if self.pairs and layer.router.slots > 1:
+            both_EE = chosen_together(layer.routing, layer.router.num_experts, layer.token_mask)
+            step.together_EE = both_EE if step.together_EE is None else step.together_EE + both_EE
 
 
 def _rows(layer: MoELayer, rows: int) -> LayerLoad:

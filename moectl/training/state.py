@@ -1,20 +1,21 @@
 """The checkpoint contract: a checkpoint is complete or it is not there, and a damaged one is never used.
 
-Saving writes into a temporary folder beside the others, fsyncs every file, lists each with size and SHA-256
-in a manifest, renames the folder, fsyncs the parent, and prunes old checkpoints last: whatever kills the
-process, the newest complete checkpoint survives. Loading walks from newest to oldest, verifies, and sets bad
-ones aside by name. A missing, unexpected or wrongly shaped key is an error; nothing is skipped in silence.
+Saving first asks whether the disk has room, then writes into a temporary folder beside the others, fsyncs every
+file, lists each with size and SHA-256 in a manifest, renames the folder, fsyncs the parent, and prunes old
+checkpoints last: whatever kills the process, the newest complete checkpoint survives. Loading walks from newest
+to oldest, verifies, and sets bad ones aside by name. A missing, unexpected or wrongly shaped key is an error;
+nothing is skipped in silence.
 """
 
 from __future__ import annotations
 
 import errno
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +41,11 @@ from moectl.training.rng import restore_rng, rng_state
 __all__ = [
     "Checkpoint",
     "checkpoint_steps",
+    "keep_checkpoints",
     "load_checkpoint",
     "load_model_strict",
     "newest_checkpoint",
+    "newest_usable",
     "pack_optimizer",
     "restore_rng",
     "rng_state",
@@ -52,6 +55,9 @@ __all__ = [
 ]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What keeps this process from one checkpoint, and says nothing of the others.
+_UNREADABLE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
+Used = TypeVar("Used")
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ def save_checkpoint(
     processes left behind is removed first.
 
     Raises:
-        MoectlError: the disk is full or not writable; what was there before stays as it was.
+        MoectlError: the disk is full, or would be, or is not writable; what was there before stays as it was.
         TypeError, ValueError: something that safetensors or JSON cannot hold.
     """
     if keep < 1 or step < 0:
@@ -96,6 +102,7 @@ def save_checkpoint(
         make_root(root)
         with locked(root):
             clean(root)
+            files.refuse_full_disk(root, tensors)
             try:
                 temporary.mkdir()
                 files.write_folder(temporary, step, tensors, state)
@@ -137,16 +144,29 @@ def load_checkpoint(folder: Path, *, parts: Collection[str] | None = None) -> Ch
 
 
 def newest_checkpoint(root: Path, *, parts: Collection[str] | None = None) -> tuple[Checkpoint, list[str]]:
-    """The newest checkpoint that verifies, and one message for every bad one on the way to it.
+    """The newest checkpoint that verifies, and one message for every bad one on the way: :func:`newest_usable`."""
+    checkpoint, _, messages = newest_usable(root, lambda checkpoint: None, parts=parts)
+    return checkpoint, messages
 
-    Bad ones are renamed to ``step-XXXXXXXX.bad-N`` and kept. Where that is not allowed, they are left alone
-    and skipped. With ``parts``, only those parts are verified and read.
+
+def newest_usable(
+    root: Path, use: Callable[[Checkpoint], Used], *, parts: Collection[str] | None = None
+) -> tuple[Checkpoint, Used, list[str]]:
+    """The newest checkpoint that verifies and that ``use`` takes, what ``use`` made of it, and a message for every
+    one that was passed over.
+
+    What does not verify is renamed to ``step-XXXXXXXX.bad-N`` and kept; where that is not allowed, it is left
+    alone and skipped. What verifies but is refused by ``use`` (it raises CheckError) is renamed once an older one
+    was taken: if none is, the fault is rather the caller's. What may not be read is skipped and stays. With
+    ``parts``, only those parts are verified and read.
 
     Raises:
         NotFoundError: there is no checkpoint at all, or no such part in it.
-        CheckError: there are some, and every one is bad.
+        CheckError: there are some, and every one is bad; or what ``use`` said of the newest.
     """
     messages: list[str] = []
+    refused: list[tuple[Path, CheckError]] = []
+    unreadable: MoectlError | None = None
     try:
         # Nobody may save, replace or prune meanwhile: a folder in motion would look damaged.
         with locked(root):
@@ -155,19 +175,41 @@ def newest_checkpoint(root: Path, *, parts: Collection[str] | None = None) -> tu
             for step in reversed(checkpoint_steps(root)):
                 folder = root / step_name(step)
                 try:
-                    return load_checkpoint(folder, parts=parts), messages
+                    checkpoint = load_checkpoint(folder, parts=parts)
                 except CheckError as error:
                     messages.append(f"{set_aside(folder)}: {error.message}")
+                    continue
+                except MoectlError as error:
+                    if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in _UNREADABLE:
+                        raise
+                    unreadable = unreadable or error
+                    messages.append(f"checkpoint {folder.name} is skipped: {error.message}")
+                    continue
+                try:
+                    used = use(checkpoint)
+                except CheckError as error:
+                    refused.append((folder, error))
+                    continue
+                messages += [f"{set_aside(folder)}: {error.message}" for folder, error in refused]
+                return checkpoint, used, messages
     except FileNotFoundError as error:
         raise NotFoundError(f"there is no checkpoint folder {root}", _available(root)) from error
     except OSError as error:
         raise _read_error(root, error) from error
+    if refused or unreadable:
+        raise refused[0][1] if refused else unreadable  # type: ignore[misc]
     if not messages:
         raise NotFoundError(f"there is no checkpoint in {root}", _available(root))
     raise CheckError(
         f"no checkpoint in {root} is intact. " + " ".join(f"{message}." for message in messages),
         "Start the run anew, or put back a copy of one of them under its step-XXXXXXXX name.",
     )
+
+
+def keep_checkpoints(root: Path, *, keep: int, protect: Collection[int] = ()) -> None:
+    """Remove all but the newest ``keep`` and ``protect``."""
+    with locked(root):
+        prune(root, {*checkpoint_steps(root)[-keep:], *protect})
 
 
 def load_model_strict(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -224,7 +266,8 @@ def _write_error(final: Path, error: OSError) -> MoectlError:
         if error.errno in _FULL:
             return MoectlError(
                 f"the disk is full: checkpoint {final.name} was not written ({error.strerror}); {before}",
-                f"Free some space on the disk of {final.parent}, or keep fewer checkpoints, and resume.",
+                f"Free some space on the disk of {final.parent} (`moectl runs ls`, `moectl runs rm`), and resume. In"
+                " another run, train.keep_checkpoints=1 and train.keep_best=false keep fewer.",
             )
         return MoectlError(
             f"cannot write checkpoint {final}: {error.strerror or error}; {before}",

@@ -9,27 +9,33 @@ the one place that says so; what mends a layer (revival, dynamic capacity) acts 
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from moectl.config.schema import ExperimentConfig
 from moectl.corpus.loader import Batch, BlockSampler, PackedDataset, targets
-from moectl.errors import ConfigError
 from moectl.models.decoder import Decoder
-from moectl.training import diagnose, optim, optim_state, rng, runtime, state
+from moectl.training import diagnose, optim, runtime, snapshot, state
 from moectl.training.dynamic_capacity import DynamicCapacity
+from moectl.training.gradients import group_norms
 from moectl.training.interrupt import StopRequest
+from moectl.training.memory import Halving, Work, explained
 from moectl.training.monitor import RoutingMonitor
-from moectl.training.protocol import Evaluate, Progress, RunLogger, Status, TrainResult
+from moectl.training.protocol import Best, Ending, Evaluate, Progress, RunLogger, TrainResult
 from moectl.training.rehearsal import rehearsal
 from moectl.training.revival import Revival
 from moectl.training.routing import StepRouting
 from moectl.training.routing_metrics import step_metrics
 from moectl.training.schedules import Schedules
+from moectl.training.spikes import Spike, SpikeRule
+
+OVER = ("finished", "collapsed")
+HELD_OUT = ("eval/lm_loss", "eval_part/lm_loss")
+"""What the best checkpoint is the best of: the first of these that an evaluation gives."""
 
 
 class Trainer:
@@ -72,9 +78,17 @@ class Trainer:
         self.schedules = Schedules(config, self.layers)
         self.capacity = DynamicCapacity(config.moe, self.layers)
         self.revival = Revival(config, self.layers, self.optimizer)
+        self.spikes = SpikeRule(config.train.spike)
+        self.spike: Spike | None = None  # of the last step
+        self.scaler: torch.amp.GradScaler | None = None
         self.stop = StopRequest()
         self.step = self.tokens = 0
+        self.halving = Halving(config.train, self.model, self.layers, logger)
+        self.begun = False
         self.last: dict[str, float] = {}
+        self.best: Best | None = None
+        self.ending: Ending | None = None  # what a checkpoint of a run that is over says
+        self.seconds, self.trained_tokens = 0.0, 0
         for layer in self.layers.values():
             layer.router.set_schedule(config.train.steps)
         runtime.reuse_gradient_buffers(self.layers.values())
@@ -89,66 +103,75 @@ class Trainer:
         Raises:
             RouterError: a router's first output is not what it must be; nothing has been saved then.
             ConfigError: a router is not what it declares to be; nothing has been saved then either.
+            OutOfMemory: with what to change; the last checkpoint stays.
         """
         self.model.train()
-        seconds, first_token = 0.0, self.tokens
-        ending: tuple[Status, str] | None = None
+        ending, self.ending = self.ending, None  # restored from a run that was over: its last words alone are missing
+        saved = ending is not None
         with self.stop:
-            if self.step == 0:
-                self._look_at_routers()
-                self._evaluate(final=False)
-                self.save()
+            if not self.begun:
+                self._begin()
             while ending is None and self.step < self.settings.steps:
-                started = time.perf_counter()
-                metrics, problem = self.optimizer_step()
-                elapsed = time.perf_counter() - started
-                if problem is not None:
-                    self._report(metrics, self.step + 1)
-                    ending = "failed", problem
-                    break
-                seconds += elapsed
-                self._report(metrics | {"train/tokens_per_second": self._step_tokens / elapsed})
-                ending = self._after_step()
-            status, reason = ending or ("finished", f"all {self.settings.steps} steps done")
-            if status != "failed":
+                ending = self._next_step()
+            ending = ending or Ending("finished", f"all {self.settings.steps} steps done")
+            if ending.status != "failed" and not saved:
+                self.ending = ending if ending.status in OVER else None
                 self.save()
-            if status in ("finished", "collapsed"):  # an interrupted run stops at once
-                self._evaluate(final=True)
-        self.logger.event(status, reason, step=self.step, tokens=self.tokens)
-        return TrainResult(status, reason, self.step, self.tokens, dict(self.last), seconds, self.tokens - first_token)
+                self.ending = None
+            if ending.status in OVER and self._evaluate(final=True):  # an interrupted run stops at once
+                state.keep_checkpoints(self.checkpoints, keep=self.settings.keep_checkpoints, protect=self._protected)
+        self.logger.event(*ending, step=self.step, tokens=self.tokens)
+        work = self.seconds, self.trained_tokens
+        return TrainResult(*ending, self.step, self.tokens, dict(self.last), *work, self.best)
+
+    def _begin(self) -> None:
+        """What comes before the first step of a run, and never again."""
+        self.halving.fit(self._look_at_routers, self.step + 1)
+        self._evaluate(final=False)
+        self.begun = True
+        self.save()
+
+    def _next_step(self) -> Ending | None:
+        """One step and what is due after it; a reason to stop, if there is one."""
+        started = time.perf_counter()
+        metrics, problem = self.optimizer_step()
+        elapsed = time.perf_counter() - started
+        if problem is not None:
+            self._report(metrics, self.step + 1)
+            return Ending("failed", problem)
+        self.seconds += elapsed
+        self.trained_tokens += self._step_tokens
+        if self.spike is not None and self.spike.action == "rollback":
+            self._roll_back(self.spike)
+            return None
+        self._report(metrics | {"train/tokens_per_second": self._step_tokens / elapsed})
+        return self._after_step()
 
     def optimizer_step(self) -> tuple[dict[str, float], str | None]:
-        """One optimizer step. Returns its metrics, and what was not finite (then no weight has moved)."""
+        """One optimizer step. Returns its metrics, and what is wrong with it (then no weight has moved)."""
         scheduled = self.schedules.apply(self.step)
-        batches = [self._next_batch() for _ in range(self.settings.grad_accum)]
-        labels = [targets(batch) for batch in batches]
-        scored_tokens = max(sum(int((label >= 0).sum()) for label in labels), 1)
-        routing = self._new_step_routing(scheduled.lb_coef)
-
+        work = [(batch, targets(batch)) for batch in (self._next_batch() for _ in range(self.settings.grad_accum))]
         scale = optim.learning_rate_scale(self.step, self.settings.steps, self.config.optim)
         optim.set_learning_rate(self.optimizer, scale)
-        self.optimizer.zero_grad(set_to_none=True)
-        if routing is not None and routing.two_passes:
-            self._count(batches, routing)
-        totals: dict[str, Tensor] = {}
-        for batch, label in zip(batches, labels, strict=True):
-            loss, parts = self._micro_batch(batch, label, scored_tokens, routing)
-            loss.backward()
-            for name, part in {"train/loss": loss, **parts}.items():
-                totals[name] = totals.get(name, 0.0) + part.detach().double()
+        totals, routing = self.halving.fit(lambda: self._gradients(work, scheduled.lb_coef), self.step + 1)
 
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         metrics = dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))
         metrics |= {"train/grad_norm": float(grad_norm), "train/lr": self.config.optim.lr * scale}
-        problem = diagnose.not_finite(self.model, batches, metrics["train/loss"], grad_norm, self.settings.precision)
-        if problem is not None:
-            self.logger.event("not_finite", problem, step=self.step + 1)
+        problem = self._problem(work, metrics, grad_norm)
+        if problem is not None or (self.spike is not None and self.spike.action == "rollback"):
             return metrics, problem
 
-        if self.config.optim.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.grad_clip, grad_norm)
-        self.optimizer.step()
+        log = self._due(self.settings.log_every, ahead=1)
+        if log:
+            metrics |= group_norms(self.optimizer.param_groups, self.layers)
+        if self.spike is None or self.spike.action != "skip":
+            if self.config.optim.grad_clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.grad_clip, grad_norm)
+            hint = "AdamW keeps two numbers per parameter: use a smaller model or fewer experts."
+            with explained(f"moving the weights at step {self.step + 1}", hint):
+                self.optimizer.step()
         self.step += 1
         self.tokens += self._step_tokens
         if routing is None:
@@ -157,9 +180,38 @@ class Trainer:
         for number, layer in self.layers.items():
             layer.router.end_step(routing.steps[number].counts_E, tokens=self._routed_tokens)
         self.monitor.add(routing, self._routed_tokens)
-        if self._due(self.settings.log_every):
+        if log:
             metrics |= step_metrics(routing) | scheduled.metrics()
         return metrics, None
+
+    def _gradients(self, work: Work, lb_coef: float) -> tuple[dict[str, Tensor], StepRouting | None]:
+        """The step's gradients; its losses by metric name, and its routing."""
+        scored_tokens = max(sum(int((labels >= 0).sum()) for _, labels in work), 1)
+        work = self.halving.cut(work)
+        routing = self._new_step_routing(lb_coef)
+        self.optimizer.zero_grad(set_to_none=True)
+        if routing is not None and routing.two_passes:
+            self._count([batch for batch, _ in work], routing)
+        totals: dict[str, Tensor] = {}
+        for batch, labels in work:
+            loss, parts = self._micro_batch(batch, labels, scored_tokens, routing)
+            loss.backward()
+            for name, part in {"train/loss": loss, **parts}.items():
+                totals[name] = totals.get(name, 0.0) + part.detach().double()
+        return totals, routing
+
+    def _problem(self, work: Work, metrics: dict[str, float], grad_norm: Tensor) -> str | None:
+        """Why this step must not move the weights: a number that is not finite, or one spike too many."""
+        batches = [batch for batch, _ in self.halving.cut(work)]
+        problem = diagnose.not_finite(self.model, batches, metrics["train/loss"], grad_norm, self.settings.precision)
+        if problem is not None:
+            self.logger.event("not_finite", problem, step=self.step + 1)
+            return problem
+        self.spike = spike = self.spikes.look(self.step + 1, metrics["train/lm_loss"])
+        if spike is None or spike.action == "rollback":
+            return None
+        self.logger.event("loss_spike", str(spike), step=self.step + 1, **spike.details())
+        return str(spike) if spike.action == "fail" else None
 
     def _micro_batch(
         self, batch: Batch, labels: Tensor, scored_tokens: int, routing: StepRouting | None
@@ -185,7 +237,7 @@ class Trainer:
         if not self.layers:
             return
         self.schedules.apply(self.step)
-        blocks = range(min(self.settings.batch_size, self.data.train.num_blocks))
+        blocks = range(min(self.halving.blocks, self.data.train.num_blocks))
         with rehearsal(self.model):
             self._forward(self._to_device(self.data.train.batch(blocks)))
             for number, layer in self.layers.items():
@@ -196,21 +248,20 @@ class Trainer:
         with runtime.precision_context(self.settings.precision, self.device):
             self.model.hidden_states(batch.input_ids[:, :-1], batch.doc_ids[:, :-1])
 
-    def _after_step(self) -> tuple[Status, str] | None:
+    def _after_step(self) -> Ending | None:
         """Checks, evaluation and checkpoints that are due; a reason to stop, if there is one."""
         if self.layers and self._due(self.settings.check_every):
             collapsed, counts = self._check_routing()
             if collapsed is not None and self.settings.early_stop:
-                return "collapsed", collapsed
+                return Ending("collapsed", collapsed)
             if self.step < self.settings.steps:
                 self._mend(counts)
         if self.step == self.settings.steps:
             return None
-        if self._due(self.settings.eval_every):
-            self._evaluate(final=False)
+        improved = self._due(self.settings.eval_every) and self._evaluate(final=False)
         if self.stop.reason is not None:
-            return "interrupted", f"{self.stop.reason} after step {self.step}"
-        if self._due(self.settings.checkpoint_every):
+            return Ending("interrupted", f"{self.stop.reason} after step {self.step}")
+        if improved or self.halving.unsaved or self._due(self.settings.checkpoint_every):
             self.save()
         return None
 
@@ -220,7 +271,8 @@ class Trainer:
         self.logger.routing(self.step, check.payload)
         for finding in check.findings:
             kind = "collapse" if finding.collapsed else "imbalance"
-            self.logger.event(kind, str(finding), step=self.step, layer=finding.layer, expert=finding.expert)
+            details = {"layer": finding.layer, "expert": finding.expert, "taxon": finding.kind}
+            self.logger.event(kind, str(finding), step=self.step, **details)
         for large in check.large_logits:
             self.logger.event("router_logits", str(large), step=self.step, layer=large.layer)
         return next((str(finding) for finding in check.findings if finding.collapsed), None), check.counts
@@ -228,17 +280,41 @@ class Trainer:
     def _mend(self, counts: dict[int, Tensor]) -> None:
         """Start dead experts anew and move capacities, from the load since the last check; each change is an event."""
         for revived in self.revival.check(counts, self.step):
+            self.monitor.pairs.forget(revived.layer, (revived.expert,))
             self.logger.event("revived", str(revived), step=self.step, **revived.details())
         for change in self.capacity.check(counts):
             self.logger.event("capacity", str(change), step=self.step, **change.details())
 
-    def _evaluate(self, *, final: bool) -> None:
+    def _evaluate(self, *, final: bool) -> bool:
+        """Whether the held-out loss is the lowest so far."""
         if self.evaluate is None:
-            return
-        with self.schedules.as_configured():
+            return False
+        with self.schedules.as_configured(), explained("evaluating", "Lower eval.batch_size."):
             values = dict(self.evaluate(self.model, final))
         self.last |= values
         self.logger.log(self.step, self.tokens, values)
+        metric = next((name for name in HELD_OUT if name in values), None)
+        if metric is None or not self.settings.keep_best or not math.isfinite(values[metric]):
+            return False
+        if self.best is not None and (self.best.metric != metric or values[metric] >= self.best.value):
+            return False
+        self.best = Best(metric, values[metric], self.step)
+        return True
+
+    def _roll_back(self, spike: Spike) -> None:
+        """To the newest checkpoint, but with the data that comes next: the same step meets other tokens.
+
+        The record is wound back, too, and a checkpoint is written, so that a resumed run is past it.
+        """
+        ahead = self.sampler.position, self.spikes.used, self.halving.pieces
+        checkpoint, _, messages = state.newest_usable(self.checkpoints, self.restore)
+        self.sampler.position, self.spikes.used, self.halving.pieces = ahead
+        self.spikes.clean = 0
+        self.logger.rewind(self.step, checkpoint.state["record"])
+        for message in messages:
+            self.logger.event("bad_checkpoint", message, step=self.step)
+        self.logger.event("loss_spike", f"{spike}: step {self.step}", step=self.step, **spike.details())
+        self.save()
 
     def _report(self, metrics: dict[str, float], failed_step: int | None = None) -> None:
         self.last |= metrics
@@ -248,60 +324,31 @@ class Trainer:
             self.progress(self.step, self.last)
 
     def save(self) -> Path:
-        """Write a checkpoint: everything that the next step depends on. Step 0 is kept for good.
+        """Write a checkpoint: everything that the next step depends on. Step 0 and the best are kept for good.
 
         Raises:
             MoectlError: weights are not finite (the last good checkpoint stays), or the disk is full.
         """
-        diagnose.refuse_not_finite(self.model, self.step)
-        optimizer_tensors, optimizer_state = optim_state.pack_optimizer(self.optimizer, self._named_parameters)
-        parts: dict[str, dict[str, Tensor]] = {
-            "model": self.model.state_dict(),
-            "optimizer": optimizer_tensors,
-            "rng": rng.rng_state(),
-            "routing": self.monitor.tensors(),
-        }
-        saved = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "sampler": self.sampler.state_dict(),
-            "monitor": self.monitor.state_dict(),
-            "capacity": self.capacity.state_dict(),
-            "last": self.last,
-            "optimizer": optimizer_state,
-            "decoder": self.model.config.to_dict(),
-            "config_hash": self.config.content_hash(),
-            "data_id": self.data.manifest.id,
-        }
+        parts, saved = snapshot.pack(self)
         keep = self.settings.keep_checkpoints
-        return state.save_checkpoint(self.checkpoints, self.step, parts, saved, keep=keep, protect=(0,))
+        path = state.save_checkpoint(self.checkpoints, self.step, parts, saved, keep=keep, protect=self._protected)
+        self.halving.unsaved = False
+        return path
 
     def restore(self, checkpoint: state.Checkpoint) -> None:
         """Continue exactly where ``checkpoint`` was written.
 
         Raises:
             ConfigError: it belongs to another configuration or dataset.
-            MoectlError: a key is missing, unexpected or of the wrong shape.
+            CheckError: a part, key or value is missing, unexpected or of the wrong shape. Nothing of the run
+                should be used then, but that another checkpoint is restored over it.
         """
-        saved, tensors = checkpoint.state, checkpoint.tensors
-        for key, ours in (("config_hash", self.config.content_hash()), ("data_id", self.data.manifest.id)):
-            if saved[key] != ours:
-                raise ConfigError(
-                    f"the checkpoint {checkpoint.folder.name} was made with another {key.split('_')[0]}",
-                    "Resume with the run's own config and data, or start a new run.",
-                )
-        state.load_model_strict(self.model, tensors["model"])
-        optim_state.unpack_optimizer(self.optimizer, self._named_parameters, tensors["optimizer"], saved["optimizer"])
-        self.step, self.tokens = saved["step"], saved["tokens"]
-        self.sampler.load_state_dict(saved["sampler"])
-        self.monitor.load(saved["monitor"], tensors["routing"])
-        self.capacity.load_state_dict(saved["capacity"])
-        self.last = dict(saved["last"])
-        rng.restore_rng(tensors["rng"])
+        snapshot.unpack(self, checkpoint)
+        self.begun = True
 
     @property
-    def _named_parameters(self) -> list[tuple[str, Any]]:
-        return list(self.model.named_parameters())
+    def _protected(self) -> set[int]:
+        return {0} if self.best is None else {0, self.best.step}
 
     @property
     def _step_tokens(self) -> int:
@@ -313,8 +360,10 @@ class Trainer:
         """Tokens that pass the routers in a step: the last of each block is only a target."""
         return self.settings.batch_size * self.settings.grad_accum * (self.data.manifest.block_size - 1)
 
-    def _due(self, every: int) -> bool:
-        return self.step % every == 0 or self.step == self.settings.steps
+    def _due(self, every: int, *, ahead: int = 0) -> bool:
+        """Whether something is due after so many steps more than are done."""
+        step = self.step + ahead
+        return step % every == 0 or step == self.settings.steps
 
     def _next_batch(self) -> Batch:
         return self._to_device(self.data.train.batch(self.sampler.next()))
@@ -327,4 +376,6 @@ class Trainer:
             return None
         assert self.config.moe is not None
         domains = len(self.data.domains)
-        return StepRouting(self.layers, self.config.moe, domains, tokens=self._routed_tokens, lb_coef=lb_coef)
+        pairs = self._due(self.settings.check_every, ahead=1)
+        tokens = self._routed_tokens
+        return StepRouting(self.layers, self.config.moe, domains, tokens=tokens, lb_coef=lb_coef, pairs=pairs)

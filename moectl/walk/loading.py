@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moectl.config.schema import ExperimentConfig
-from moectl.errors import NotFoundError
+from moectl.errors import CheckError, NotFoundError
 from moectl.models.config import DecoderConfig
 from moectl.models.decoder import Decoder
 from moectl.runs.find import find_run
@@ -17,7 +17,7 @@ from moectl.training.state import (
     checkpoint_steps,
     load_checkpoint,
     load_model_strict,
-    newest_checkpoint,
+    newest_usable,
     step_name,
 )
 from moectl.walk.data import dataset_of
@@ -35,7 +35,7 @@ class LoadedRun(NamedTuple):
         folder: the run folder.
         data: the prepared dataset's folder.
         step: the step of the checkpoint.
-        messages: one for every bad checkpoint on the way to a good one.
+        messages: one for every checkpoint passed over on the way to a good one.
         sha256: of the checkpoint's manifest, which lists the hash of every file.
     """
 
@@ -55,8 +55,7 @@ def load_run(run: str | Path | None = None, *, step: int | None = None) -> Loade
         CheckError: the checkpoint is damaged (exit code 3).
     """
     folder = find_run(run)
-    checkpoint, messages = _checkpoint(folder / "checkpoints", step)
-    model = decoder_from(checkpoint, folder)
+    checkpoint, model, messages = _newest(folder) if step is None else _at(folder, step)
     return LoadedRun(model.eval(), folder, dataset_of(run_record(folder)), checkpoint.step, messages, checkpoint.sha256)
 
 
@@ -72,12 +71,15 @@ def decoder_from(checkpoint: Checkpoint, run_folder: Path) -> Decoder:
     """The decoder that a checkpoint of a run describes, with its weights in their own dtype.
 
     Raises:
-        MoectlError: a key is missing, unexpected or of the wrong shape.
+        CheckError: a key is missing, unexpected or of the wrong shape, or no model is described at all.
     """
-    weights = checkpoint.tensors["model"]
-    shape = DecoderConfig.from_dict(checkpoint.state["decoder"])
-    model = Decoder(with_kept_router(shape, run_folder))
-    model = model.to(weights["embed_tokens.weight"].dtype)
+    try:
+        weights = checkpoint.tensors["model"]
+        shape = DecoderConfig.from_dict(checkpoint.state["decoder"])
+        dtype = weights["embed_tokens.weight"].dtype
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckError(f"the checkpoint {checkpoint.folder.name} describes no model: {error!r}") from error
+    model = Decoder(with_kept_router(shape, run_folder)).to(dtype)
     load_model_strict(model, weights)
     return model
 
@@ -103,11 +105,14 @@ def run_config(folder: Path) -> ExperimentConfig:
         raise broken_config(folder / "config.yaml", f"{key}: {first['msg']}" if key else first["msg"]) from None
 
 
-def _checkpoint(root: Path, step: int | None) -> tuple[Checkpoint, list[str]]:
-    if step is None:
-        return newest_checkpoint(root, parts=("model",))
-    folder = root / step_name(step)
-    if not folder.is_dir():
+def _newest(folder: Path) -> tuple[Checkpoint, Decoder, list[str]]:
+    return newest_usable(folder / "checkpoints", lambda found: decoder_from(found, folder), parts=("model",))
+
+
+def _at(folder: Path, step: int) -> tuple[Checkpoint, Decoder, list[str]]:
+    root = folder / "checkpoints"
+    if not (root / step_name(step)).is_dir():
         steps = ", ".join(str(kept) for kept in checkpoint_steps(root)) or "none"
-        raise NotFoundError(f"the run {root.parent.name} has no checkpoint of step {step}", f"It has: {steps}.")
-    return load_checkpoint(folder, parts=("model",)), []
+        raise NotFoundError(f"the run {folder.name} has no checkpoint of step {step}", f"It has: {steps}.")
+    checkpoint = load_checkpoint(root / step_name(step), parts=("model",))
+    return checkpoint, decoder_from(checkpoint, folder), []

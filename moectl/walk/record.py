@@ -77,7 +77,8 @@ def opening(
 def sitting(device: torch.device) -> dict[str, Any]:
     """What changes when a process starts to write the run: nothing of an earlier ending stays."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {"status": "running", "started": now(), "devices": [name], "finished": None, "exit_reason": None}
+    began = {"status": "running", "started": now(), "devices": [name]}
+    return {**began, "finished": None, "exit_reason": None, "fails_again": None}
 
 
 def ending(run: RunDir, result: TrainResult, device: torch.device, started: float) -> dict[str, Any]:
@@ -86,6 +87,8 @@ def ending(run: RunDir, result: TrainResult, device: torch.device, started: floa
     return {
         "status": result.status,
         "exit_reason": result.reason,
+        # Its own numbers failed it: resumed, it would go the same way.
+        "fails_again": True if result.status == "failed" else None,
         "finished": now(),
         "duration_s": duration,
         "gpu_seconds": duration if device.type == "cuda" else 0.0,
@@ -95,6 +98,7 @@ def ending(run: RunDir, result: TrainResult, device: torch.device, started: floa
         "train_seconds": round(float(run.record.get("train_seconds") or 0.0) + result.train_seconds, 3),
         "train_tokens": int(run.record.get("train_tokens") or 0) + result.train_tokens,
         "metrics": result.metrics,
+        "best": None if result.best is None else result.best._asdict(),
     }
 
 

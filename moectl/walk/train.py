@@ -17,13 +17,13 @@ from moectl.evaluation.losses import evaluate
 from moectl.marks import marked
 from moectl.models.decoder import Decoder
 from moectl.routers import resolve_router
-from moectl.runs.find import find_run
+from moectl.runs.find import find_run, newest_first, readable_runs
 from moectl.runs.logger import RunRecorder
 from moectl.runs.provenance import collect
 from moectl.runs.rundir import RunDir
 from moectl.training import runtime
 from moectl.training.protocol import Progress
-from moectl.training.state import Checkpoint, checkpoint_steps, newest_checkpoint
+from moectl.training.state import Checkpoint, checkpoint_steps, newest_usable
 from moectl.training.trainer import Trainer
 from moectl.walk import record
 from moectl.walk.data import dataset_for, dataset_of
@@ -34,6 +34,7 @@ from moectl.walk.router_code import keep, router_code, with_absolute_router
 Say = Callable[[str], None]
 EXIT_CODES = {"finished": 0, "failed": 1, "collapsed": 3, "interrupted": 130}
 ENDED = ("finished", "collapsed")
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class RunRequest:
         data: dataset id, prefix or path; None by :func:`dataset_for`'s rule.
         command: the command line, for the record (secrets are masked there).
         commit: overrides the commit that git reports.
-        go_on: continue a run of the same key that was interrupted, instead of saying how to.
+        go_on: continue a run of the same key that was interrupted or lost, instead of saying how to.
         say: takes a sentence for the user.
         progress: given the run's id and number of steps, returns what is called after every step.
     """
@@ -95,70 +96,69 @@ def start_run(config: ExperimentConfig, request: RunRequest) -> RunOutcome:
     key = record.run_key(config, data, base, sources)
     name = config.name or f"{record.run_label(config)}-s{config.train.seed}-{key[:8]}"
     there = _already_there(name, key, request)
-    if there is not None:
+    if isinstance(there, RunOutcome):
         return there
     for warning in provenance.warnings:
         request.say(f"warning: {warning}")
     opening = record.opening(config, key=key, provenance=provenance, data=data, model=model, base=base, code=code)
     for mark in opening["marks"]:
         request.say(f"warning: later tokens change earlier outputs: every number of this run is marked [{mark}]")
-    run = RunDir.create(name, config_yaml=resolved_yaml(config), record=opening)
+    if there is None:
+        run = RunDir.create(name, config_yaml=resolved_yaml(config), record=opening)
+    else:
+        run = there.acquire()
+        run.truncate_after(-1)
+        run.update(**opening)
     provenance.write(run.path)
     keep(code, run.path)
     return _run(run, config, data, model, request)
 
 
 def resume_run(name: str, request: RunRequest, reread: Callable[[Path], ExperimentConfig] | None = None) -> RunOutcome:
-    """Continue a run from its newest intact checkpoint, exactly.
+    """Continue a run from its newest checkpoint that is intact and fits, exactly.
 
     Args:
-        name: a run's id, name, prefix or folder.
+        name: a run's id, name, prefix or folder; ``auto`` for the newest one that can go on.
         reread: given the run's config file, the config that the user asks for now, to be compared;
             None where nothing was asked for.
 
     Raises:
         ConfigError: the run has ended, is being written, or another config was asked for.
-        NotFoundError: no such run, or no checkpoint of it.
+        NotFoundError: no such run, no checkpoint of it, or none that can go on.
+        CheckError: all its checkpoints are damaged.
     """
-    run = RunDir.open(find_run(name))
+    run = _newest_to_go_on(request.say) if name == AUTO else RunDir.open(find_run(name))
     if run.status in ENDED:
-        raise ConfigError(f"the run '{run.id}' has {run.status}", "Start a new one, with another --seed or --steps.")
+        raise ConfigError(
+            f"the run '{run.id}' has {run.status}: there is nothing to resume",
+            f"Start a new one, with another --seed or --steps, or train on from its weights: --base {run.id}",
+        )
     own = run_config(run.path)
     if reread is not None:
         asked = resolve_router(with_absolute_router(reread(run.path / "config.yaml")))
         _refuse_changes(own, asked if "data" in asked.model_fields_set else asked.model_copy(update={"data": own.data}))
     data = PackedDataset.open(dataset_of(run.record))
+    if not checkpoint_steps(run.checkpoints) and not any(run.checkpoints.glob("*.bad-*")):
+        hint = f"Remove it and start anew: moectl runs rm {run.id} --yes"
+        raise NotFoundError(f"the run '{run.id}' stopped before its first checkpoint", hint)
     run.acquire()
     try:
         runtime.configure(own.train)
-        try:
-            checkpoint, messages = newest_checkpoint(run.checkpoints)
-        except NotFoundError as error:
-            hint = f"Remove it and start anew: moectl runs rm {run.id} --yes"
-            raise NotFoundError(f"the run '{run.id}' stopped before its first checkpoint", hint) from error
-        for message in messages:
-            request.say(message)
-        model = decoder_from(checkpoint, run.path)
     except BaseException:
         run.release()
         raise
-    return _run(run, own, data, model, request, checkpoint=checkpoint, messages=messages)
+    return _run(run, own, data, None, request)
 
 
 def _run(
-    run: RunDir,
-    config: ExperimentConfig,
-    data: PackedDataset,
-    model: Decoder,
-    request: RunRequest,
-    *,
-    checkpoint: Checkpoint | None = None,
-    messages: Sequence[str] = (),
+    run: RunDir, config: ExperimentConfig, data: PackedDataset, model: Decoder | None, request: RunRequest
 ) -> RunOutcome:
+    """Train ``model`` from step 0, or without one from the newest checkpoint that fits."""
     started = time.monotonic()
     recorder = RunRecorder(run, paths.registry_path(), warn=request.say)
-    with recorder, record.failures_recorded(recorder, started):
-        trainer = Trainer(
+
+    def trainer_of(model: Decoder) -> Trainer:
+        return Trainer(
             model,
             data,
             config,
@@ -167,11 +167,16 @@ def _run(
             evaluate=lambda decoder, final: _held_out(decoder, data, config, final),
             progress=request.progress(marked(run.id, run.record["marks"]), config.train.steps),
         )
-        if checkpoint is not None:
-            _restore(trainer, checkpoint, messages, recorder, request.say)
-        recorder.update(**record.sitting(trainer.device))
-        result = trainer.train()
-        recorder.update(**record.ending(run, result, trainer.device, started))
+
+    with recorder:
+        # Where nothing can be taken up, the record stays as it is.
+        resumed = _take_up(trainer_of, recorder, request.say) if model is None else None
+        with record.failures_recorded(recorder, started):
+            trainer = trainer_of(model) if model is not None else resumed
+            assert trainer is not None
+            recorder.update(**record.sitting(trainer.device))
+            result = trainer.train()
+            recorder.update(**record.ending(run, result, trainer.device, started))
     ended = (result.status, result.reason, result.step, result.tokens)
     return RunOutcome(run.id, run.path, *ended, result.metrics, marks=tuple(run.record["marks"]))
 
@@ -188,15 +193,23 @@ def _held_out(model: Decoder, data: PackedDataset, config: ExperimentConfig, fin
     return {name.replace("eval/", "eval_part/", 1): value for name, value in report.metrics().items()}
 
 
-def _restore(
-    trainer: Trainer, checkpoint: Checkpoint, messages: Sequence[str], recorder: RunRecorder, say: Say
-) -> None:
-    """Take up the checkpoint and forget what was logged after it, so that nothing counts twice."""
+def _take_up(trainer_of: Callable[[Decoder], Trainer], recorder: RunRecorder, say: Say) -> Trainer:
+    """A trainer where the newest usable checkpoint was written, and the record cut back to there: nothing counts twice.
+
+    A checkpoint is usable if model, optimizer, generators and all else of this run come out of it.
+    """
     run = recorder.rundir
-    trainer.restore(checkpoint)
-    run.truncate_after(checkpoint.step)
+
+    def use(checkpoint: Checkpoint) -> Trainer:
+        trainer = trainer_of(decoder_from(checkpoint, run.path))
+        trainer.restore(checkpoint)
+        return trainer
+
+    checkpoint, trainer, messages = newest_usable(run.checkpoints, use)
+    recorder.rewind(checkpoint.step, checkpoint.state["record"])
     for message in messages:
-        recorder.event("bad_checkpoint", message, step=checkpoint.step)
+        say(message)
+        run.event("bad_checkpoint", message, step=checkpoint.step)
     now_sha256 = collect([]).source_sha256
     if run.record.get("source_sha256", now_sha256) != now_sha256:
         changed = "moectl's own source has changed since this run began: the rest of it runs other code"
@@ -204,10 +217,31 @@ def _restore(
         recorder.event("warning", changed, step=checkpoint.step, source_sha256=now_sha256)
     recorder.event("resumed", f"resumed from step {checkpoint.step}", step=checkpoint.step)
     say(f"resuming {run.id} from step {checkpoint.step}")
+    return trainer
 
 
-def _already_there(name: str, key: str, request: RunRequest) -> RunOutcome | None:
-    """The run of this name and key, where it has ended or is to go on; None when the name is free; else an error."""
+def _newest_to_go_on(say: Say) -> RunDir:
+    """The newest run that has not ended, is not being written, and has a checkpoint.
+
+    One that failed by its own numbers is passed over: it would fail again in the same way.
+    """
+    passed: list[str] = []
+    for run in newest_first(readable_runs()):
+        status = run.status
+        if status in ("interrupted", "lost", "failed") and not run.record.get("fails_again"):
+            if checkpoint_steps(run.checkpoints):
+                skipped = f" (newer, but cannot go on: {', '.join(passed[:4])})" if passed else ""
+                say(f"going on with {run.id}, which is {status}{skipped}")
+                return run
+            status += " without a checkpoint"
+        passed.append(f"{run.id} {status}")
+    seen = f": {', '.join(passed[:4])}{', ...' if len(passed) > 4 else ''}" if passed else ""
+    raise NotFoundError(f"no run can go on{seen}", "Start one: moectl train; or name the run: --resume RUN.")
+
+
+def _already_there(name: str, key: str, request: RunRequest) -> RunOutcome | RunDir | None:
+    """What came of the run of this name and key, where it has ended or is to go on; the run itself where it has no
+    checkpoint to go on from; None when the name is free; else an error."""
     folder = paths.runs_dir() / name
     if not (folder / "run.json").is_file():
         return None
@@ -218,14 +252,15 @@ def _already_there(name: str, key: str, request: RunRequest) -> RunOutcome | Non
     if run.record.get("run_key") != key:
         raise ConfigError(
             f"the name '{name}' is taken by a run of another config, data, base or code",
-            f"Choose another --name, or remove it: {remove}",
+            f"Choose another --name, or remove it: {remove}"
+            + ("" if run.status in ENDED else f" · or continue it as it is: moectl train --resume {name}"),
         )
     if run.status in ENDED:
         ended = (run.status, run.record["exit_reason"], run.record["step"], run.record["tokens"])
         return RunOutcome(name, folder, *ended, run.latest(), already_done=True, marks=tuple(run.record["marks"]))
     steps = checkpoint_steps(run.checkpoints)
-    if steps and request.go_on:
-        return resume_run(name, request)
+    if request.go_on:
+        return resume_run(name, request) if steps or any(run.checkpoints.glob("*.bad-*")) else run
     raise ConfigError(
         f"the run '{name}' is there already, {run.status}"
         + (f" with a checkpoint of step {steps[-1]}" if steps else ", without a checkpoint"),

@@ -140,6 +140,31 @@ def test_truncate_after_forgets_what_will_be_done_again(make_run: MakeRun) -> No
     assert run.record["generation"] == 1
 
 
+def test_a_position_cuts_what_came_later_of_the_same_step_and_earlier_positions_stay_true(make_run: MakeRun) -> None:
+    run = make_run("r", losses=[3.0, 2.0, 1.0], status="running", close=False)
+    metrics, events = run.path / "metrics.jsonl", run.path / "events.jsonl"
+    run.event("collapse", "at 300, däs Ünicode", step=300)
+    first = run.position()
+    assert first == {"metrics": metrics.stat().st_size, "events": events.stat().st_size}
+    run.event("warning", "of no step")
+    run.log(300, 300_000, {"eval/lm_loss": 0.5})
+    run.event("finished", "all done", step=300)
+    run.routing(400, {})
+    kept, said = metrics.read_bytes()[: first["metrics"]], events.read_bytes()[: first["events"]]
+    run.truncate_after(300, first)
+    assert metrics.read_bytes() == kept
+    assert events.read_bytes().startswith(said) and [event["kind"] for event in run.events()] == ["collapse", "warning"]
+    assert not list((run.path / "routing").iterdir())
+    run.event("resumed", "from 300", step=300)
+    second = run.position()
+    run.log(400, 400_000, {"train/lm_loss": 0.4})
+    run.truncate_after(300, second)
+    assert metrics.read_bytes() == kept and [event["kind"] for event in run.events()][-1] == "resumed"
+    run.truncate_after(300, first)
+    assert [event["kind"] for event in run.events()] == ["collapse", "warning"]
+    run.release()
+
+
 def test_update_outside_the_lock_takes_it_for_the_moment(make_run: MakeRun) -> None:
     run = make_run("a")
     first, second = RunDir.open(run.path), RunDir.open(run.path)

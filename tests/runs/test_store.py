@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,38 @@ def test_resume_drops_the_rows_that_come_again(registry: Registry, make_run: Mak
     run.release()
     registry.sync(paths.runs_dir())
     assert [point.step for point in registry.metrics("a", "eval/lm_loss")] == [100, 200, *range(201, 400)]
+
+
+def test_a_reader_beside_a_run_that_is_wound_back_counts_nothing_twice(home: Path, make_run: MakeRun) -> None:
+    """Forty times back to step 5 and on to 50, while another connection indexes as fast as it can."""
+    run = make_run("r", losses=[], status="running", close=False)
+    stop = threading.Event()
+
+    def read() -> int:
+        reader, looked = Registry(paths.registry_path()), 0
+        while not stop.is_set():
+            reader.index(RunDir.open(run.path))
+            looked += 1
+        reader.close()
+        return looked
+
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read)
+        try:
+            for sitting in range(40):
+                for step in range(6 if sitting else 1, 51 if sitting % 2 else 40):
+                    run.log(step, step * 10, {"train/lm_loss": sitting + step / 100})
+                run.truncate_after(5)
+        finally:
+            stop.set()
+        assert reading.result() > 40
+    run.log(6, 60, {"train/lm_loss": 7.0})
+    registry = Registry(paths.registry_path())
+    registry.index(run)
+    points = registry.metrics("r", "train/lm_loss")
+    assert [(point.step, point.value) for point in points] == [(s, s / 100) for s in range(1, 6)] + [(6, 7.0)]
+    registry.close()
+    run.release()
 
 
 def test_reindex_gives_the_same_answers(registry: Registry, make_run: MakeRun) -> None:

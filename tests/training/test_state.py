@@ -25,10 +25,12 @@ from torch import Tensor, nn
 
 from moectl.errors import CheckError, MoectlError, NotFoundError
 from moectl.training.state import (
+    Checkpoint,
     checkpoint_steps,
     load_checkpoint,
     load_model_strict,
     newest_checkpoint,
+    newest_usable,
     save_checkpoint,
 )
 
@@ -465,6 +467,21 @@ def test_a_full_disk(tmp_path: Path) -> None:
         assert names(root) == ["step-00000050"], "with room again, it goes on"
 
 
+def test_a_checkpoint_larger_than_the_disk_is_refused_before_a_byte_is_written(tmp_path: Path) -> None:
+    """Ten million gigabytes, in a tensor that takes none itself; a tied one is counted once."""
+    save(tmp_path, 1)
+    endless = torch.zeros(1).expand(10**16)
+    with pytest.raises(MoectlError, match=r"the disk is full.*it takes about .* MB, and [\d,.]+ MB are free") as caught:
+        save_checkpoint(tmp_path, 2, {"model": {"x": endless, "tied": endless}}, {}, keep=1)
+    assert isinstance(caught.value.__cause__, OSError) and caught.value.__cause__.errno == errno.ENOSPC
+    assert (
+        "40,000,000,000.0 MB" in caught.value.message
+        and "the checkpoint of step 1 is untouched" in caught.value.message
+    )
+    assert "moectl runs rm" in str(caught.value.hint) and "train.keep_checkpoints=1" in str(caught.value.hint)
+    assert names(tmp_path) == ["step-00000001"]
+
+
 def test_a_read_only_file_system(tmp_path: Path) -> None:
     root = tmp_path / "disk"
     with mounted(root, "-t", "tmpfs", "-o", "size=1m", "tmpfs"):
@@ -511,6 +528,45 @@ def test_a_folder_without_write_permission() -> None:
         with without_rights(root), pytest.raises(MoectlError, match="Permission denied") as caught:
             load_checkpoint(root / "step-00000001")
         assert not isinstance(caught.value, CheckError), "missing rights are no damage"
+
+
+def test_a_checkpoint_that_may_not_be_read_is_skipped_and_stays() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        root = Path(name) / "checkpoints"
+        save(root, 1, 2, 3)
+        for step in (2, 3):
+            (root / f"step-0000000{step}" / "model.safetensors").chmod(0o000)
+        with without_rights(root):
+            found, messages = newest_checkpoint(root)
+            assert (
+                found.step == 1
+                and [("is skipped" in m, "Permission denied" in m) for m in messages] == [(True,) * 2] * 2
+            )
+        assert checkpoint_steps(root) == [1, 2, 3]
+        (root / "step-00000001" / "model.safetensors").chmod(0o000)
+        with without_rights(root), pytest.raises(MoectlError, match="step-00000003.*Permission denied") as caught:
+            newest_checkpoint(root)
+        assert not isinstance(caught.value, CheckError), "they may all be good"
+
+
+def test_what_is_refused_is_set_aside_once_an_older_one_is_taken(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2, 3)
+
+    def use(checkpoint: Checkpoint) -> str:
+        if checkpoint.step > limit:
+            raise CheckError(f"{checkpoint.step} does not fit")
+        return f"used {checkpoint.step}"
+
+    limit = 0
+    with pytest.raises(CheckError, match="^3 does not fit$"):
+        newest_usable(tmp_path, use)
+    assert names(tmp_path) == [f"step-0000000{step}" for step in (1, 2, 3)]
+    limit = 1
+    checkpoint, used, messages = newest_usable(tmp_path, use)
+    assert (checkpoint.step, used) == (1, "used 1")
+    assert [message.endswith(f"bad-1: {step} does not fit") for step, message in zip((3, 2), messages, strict=True)]
+    assert names(tmp_path) == ["step-00000001", "step-00000002.bad-1", "step-00000003.bad-1"]
 
 
 def test_a_root_that_is_a_file(tmp_path: Path) -> None:

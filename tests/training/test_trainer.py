@@ -18,6 +18,7 @@ from moectl.corpus.loader import BlockSampler, PackedDataset, targets
 from moectl.corpus.manifest import Manifest
 from moectl.errors import ConfigError, MoectlError
 from moectl.moe.router import RouterError
+from moectl.plugins import router_entries
 from moectl.training.optim import parameter_groups
 from moectl.training.state import checkpoint_steps, newest_checkpoint
 from moectl.training.trainer import Trainer
@@ -42,6 +43,13 @@ class Recorder:
 
     def routing(self, step: int, payload: Mapping[str, Any]) -> None:
         self.counts.append((step, payload))
+
+    def position(self) -> dict[str, int]:
+        return {"rows": len(self.rows), "events": len(self.events), "counts": len(self.counts)}
+
+    def rewind(self, step: int, position: Mapping[str, int]) -> None:
+        for name, kept in position.items():
+            del getattr(self, name)[kept:]
 
 
 def make_trainer(config: ExperimentConfig, data: PackedDataset, folder: Path, **options: Any) -> Trainer:
@@ -93,13 +101,18 @@ def test_dense_and_moe_of_one_seed_share_all_common_weights_and_data_order(
     assert all((dense.sampler.next() == sparse.sampler.next()).all() for _ in range(30))
 
 
-@pytest.mark.parametrize("router", [None, "top1", "switch", "top2"])
+BUILT_IN = sorted(name for name, entry in router_entries().items() if entry.target.startswith("moectl."))
+NOISY = {"top1": {"noise_std": 0.5}, "switch": {"noise_std": 0.5}, "top2": {"noise_std": 0.5}, "topk": {"top_k": 2}}
+
+
+@pytest.mark.parametrize("router", [None, *BUILT_IN])
 @pytest.mark.parametrize("stop", [4, 8])
 def test_resume_is_bit_exact(
     experiment: Make, dataset: PackedDataset, tmp_path: Path, router: str | None, stop: int
 ) -> None:
-    moe = None if router is None else {"router": {"name": router, "noise_std": 0.5}}
-    config = experiment(moe=moe, train={"grad_accum": 2, "keep_checkpoints": 5})
+    moe = None if router is None else {"router": {"name": router, **NOISY.get(router, {})}}
+    train = {"grad_accum": 2, "keep_checkpoints": 5, "allow_noncausal": router == "expert-choice"}
+    config = experiment(moe=moe, train=train)
     whole = make_trainer(config, dataset, tmp_path / "whole")
     whole.train()
 

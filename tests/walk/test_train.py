@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,117 @@ def test_an_interrupted_run_goes_on_where_it_is_wanted(home: Path) -> None:
         start_run(experiment(home), RunRequest())
     done = start_run(experiment(home), RunRequest(go_on=True))
     assert (done.id, done.status) == (stopped.id, "finished")
+
+
+def as_lost(folder: Path, name: str, *, status: str = "running", **fields: Any) -> None:
+    """A copy of a run, as a process that was killed leaves it."""
+    copied = shutil.copytree(folder, folder.with_name(name))
+    record = {**json.loads((folder / "run.json").read_text("utf-8")), "id": name, "status": status, **fields}
+    (copied / "run.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+def test_auto_takes_the_newest_run_that_can_go_on(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(NotFoundError, match="no run can go on") as nothing:
+        resume_run("auto", RunRequest())
+    assert nothing.value.exit_code == 4
+    stopped = interrupted(home, 3, name="older")
+    as_lost(stopped.folder, "newer", created="2090-01-01T00:00:00.000Z")
+    as_lost(stopped.folder, "nan", status="failed", fails_again=True, created="2091-01-01T00:00:00.000Z")
+    as_lost(stopped.folder, "bare", created="2092-01-01T00:00:00.000Z")
+    shutil.rmtree(home / "home" / "runs" / "bare" / "checkpoints")
+    said: list[str] = []
+    assert resume_run("auto", RunRequest(say=said.append)).id == "newer"
+    assert said[0] == (
+        "going on with newer, which is lost (newer, but cannot go on: bare lost without a checkpoint, nan failed)"
+    )
+    assert main(["train", "--resume", "auto", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["id"] == "older"
+    assert main(["train", "--resume", "auto"]) == 4
+    assert "newer finished" in capsys.readouterr().err
+
+
+def test_auto_passes_over_a_corrupt_checkpoint_and_says_so(home: Path) -> None:
+    stopped = interrupted(home, 3)
+    weights = stopped.folder / "checkpoints" / "step-00000003" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    said: list[str] = []
+    assert resume_run("auto", RunRequest(say=said.append)).status == "finished"
+    assert any("step-00000003 is bad and set aside" in line and "model.safetensors" in line for line in said)
+    assert any(line == f"resuming {stopped.id} from step 2" for line in said)
+
+
+def test_auto_with_a_config_starts_goes_on_and_has_nothing_to_do(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One command for a machine that is restarted whenever it dies."""
+    stopped = interrupted(home, 3, name="mine")
+    command = ["train", str(stopped.folder / "config.yaml"), "--resume", "auto", "--json"]
+    assert main(command) == 0
+    done = json.loads(capsys.readouterr().out)
+    assert (done["id"], done["status"], done["already_done"]) == ("mine", "finished", False)
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["already_done"] is True
+    assert main([*command, "--name", "other"]) == 0
+    other = json.loads(capsys.readouterr().out)
+    assert (other["id"], other["step"], other["already_done"]) == ("other", 6, False)
+    assert main([*command, "--set", "optim.lr=0.1"]) == 2, "the name is taken by another config"
+
+
+def test_auto_with_a_config_starts_anew_what_was_killed_before_its_first_checkpoint(home: Path) -> None:
+    whole = start_run(experiment(home, name="whole"), RunRequest())
+    killed = start_run(experiment(home, name="killed"), RunRequest())
+    record = json.loads((killed.folder / "run.json").read_text("utf-8"))
+    ended = ("metrics", "best", "train_seconds", "train_tokens", "duration_s", "finished", "exit_reason")
+    opening = {key: value for key, value in record.items() if key not in ended}
+    (killed.folder / "run.json").write_text(json.dumps({**opening, "status": "running"}), encoding="utf-8")
+    shutil.rmtree(killed.folder / "checkpoints")
+    again = start_run(experiment(home, name="killed"), RunRequest(go_on=True))
+    assert (again.status, again.already_done) == ("finished", False)
+    rows = [
+        [(row.step, row.values.get("train/loss")) for row in RunDir.open(run.folder).metrics()]
+        for run in (whole, again)
+    ]
+    assert rows[0] == rows[1]
+    record = RunDir.open(again.folder).record
+    assert record["train_tokens"] == record["tokens"] and record["generation"] > 0
+
+
+def test_a_finished_run_is_not_resumed_and_it_says_what_to_do(home: Path) -> None:
+    done = start_run(experiment(home), RunRequest())
+    with pytest.raises(ConfigError, match="has finished: there is nothing to resume") as caught:
+        resume_run(done.id, RunRequest())
+    assert f"--base {done.id}" in str(caught.value.hint) and "--steps" in str(caught.value.hint)
+
+
+def test_the_best_checkpoint_is_in_the_record(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = start_run(experiment(home, train={"eval_every": 3, "keep_checkpoints": 1}), RunRequest())
+    best = RunDir.open(done.folder).record["best"]
+    losses = {
+        row.step: row.values["eval/lm_loss"]
+        for row in RunDir.open(done.folder).metrics()
+        if "eval/lm_loss" in row.values
+    }
+    assert losses.keys() == {0, 3, 6}
+    assert best == {
+        "metric": "eval/lm_loss",
+        "value": min(losses.values()),
+        "step": min(losses, key=losses.__getitem__),
+    }
+    assert set(checkpoint_steps(done.folder / "checkpoints")) == {0, 6, best["step"]}
+    assert load_run(done.folder, step=best["step"]).step == best["step"]
+
+
+def test_what_failed_by_its_own_numbers_is_marked_and_a_full_disk_is_not(home: Path) -> None:
+    failed = start_run(experiment(home, optim={"lr": 1e22, "warmup_steps": 0}), RunRequest())
+    assert failed.status == "failed" and RunDir.open(failed.folder).record["fails_again"] is True
+    stopped = interrupted(home, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "optimizer_step", lambda self: torch.empty(2**60))
+        with pytest.raises(RuntimeError):
+            resume_run(stopped.id, RunRequest())
+    record = RunDir.open(stopped.folder).record
+    assert record["status"] == "failed" and not record["fails_again"]
+    assert resume_run("auto", RunRequest()).id == stopped.id
 
 
 def test_a_run_without_a_checkpoint_says_so(home: Path) -> None:

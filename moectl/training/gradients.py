@@ -1,0 +1,58 @@
+"""How large the gradients are: of router, experts and the rest, and of each expert. Before any clipping.
+
+Shape suffixes: E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moectl.moe.layer import MoELayer
+
+#: Metrics by group of the optimizer: weight decay is no matter here.
+GROUPS = {"router": "router", "experts": "experts", "dense": "dense", "no_decay": "dense"}
+
+
+def group_norms(groups: Iterable[Mapping[str, Any]], layers: Mapping[int, MoELayer]) -> dict[str, float]:
+    """``grad_norm/router``, ``grad_norm/experts``, ``grad_norm/dense`` (all else), and of each expert.
+
+    The squares of the three sum to the square of ``train/grad_norm``. An expert's norm is over its slices of
+    the stacked weights and biases: ``grad_norm/layer.N.expert.M``. A group without a gradient is left out.
+
+    Args:
+        groups: the optimizer's, with their ``name``.
+        layers: MoE layers by layer number.
+    """
+    of_experts = {id(p): None for layer in layers.values() for p in layer.experts.parameters()}
+    squares: dict[str, list[Tensor]] = {}
+    for group in groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                name = "experts" if id(parameter) in of_experts else GROUPS.get(group["name"], group["name"])
+                squares.setdefault(name, []).append(_square(parameter.grad))
+    norms = {f"grad_norm/{name}": torch.stack(each).sum().sqrt() for name, each in squares.items()}
+    for number, layer in layers.items():
+        norms_E = expert_norms(layer)
+        if norms_E is not None:
+            norms |= {f"grad_norm/layer.{number}.expert.{expert}": norm for expert, norm in enumerate(norms_E)}
+    # One copy from the device for all of them.
+    return dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True)) if norms else {}
+
+
+def expert_norms(layer: MoELayer) -> Tensor | None:
+    """The gradient's norm by expert ``[E]``, float64; None where nothing of the experts has a gradient."""
+    grads = [parameter.grad for parameter in layer.experts.parameters() if parameter.grad is not None]
+    if not grads:
+        return None
+    return torch.stack([_square(grad, each=True) for grad in grads]).sum(0).sqrt()
+
+
+def _square(grad: Tensor, each: bool = False) -> Tensor:
+    """The sum of squares in float64, of all or of each slice of the first dimension."""
+    exact = grad.to_dense() if grad.is_sparse else grad
+    flat = exact.detach().flatten(1) if each else exact.detach().flatten()
+    return torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float64).square()
