@@ -18,8 +18,7 @@ from moectl.corpus.loader import PackedDataset, targets
 from moectl.doctor.report import Finding
 from moectl.doctor.subject import Audited, Layer, Losses, Route, Seen, Tokens, Training, drawn_tokens
 from moectl.errors import CheckError, MoectlError, NotFoundError
-from moectl.models.config import DecoderConfig
-from moectl.models.decoder import Decoder
+from moectl.models.language_model import LanguageModel
 from moectl.moe.losses import BALANCE_LOSSES, layer_load, merged
 from moectl.routers import router_class
 from moectl.runs.rundir import RunDir
@@ -27,7 +26,7 @@ from moectl.training.optim import parameter_groups
 from moectl.training.routing import LOGGED, StepRouting
 from moectl.training.state import Checkpoint, checkpoint_steps, load_checkpoint, step_name
 from moectl.walk.data import dataset_of
-from moectl.walk.loading import decoder_from, run_config
+from moectl.walk.loading import model_from, run_config
 from moectl.walk.router_code import with_kept_router
 
 MAX_TOKENS = 4096
@@ -42,7 +41,7 @@ class AuditedRun(Audited):
 
     def look(self, tokens: Tokens, mask: Tensor | None = None) -> Seen:
         model = self.model
-        assert isinstance(model, Decoder)
+        assert isinstance(model, LanguageModel)
         inputs: dict[int, Tensor] = {}
         handles = [
             layer.register_forward_pre_hook(_keep_input(inputs, number)) for number, layer in model.moe_layers().items()
@@ -64,7 +63,7 @@ class AuditedRun(Audited):
 
     def losses(self, tokens: Tokens) -> Losses:
         model = self.model
-        assert isinstance(model, Decoder)
+        assert isinstance(model, LanguageModel)
         scored = int((tokens.labels >= 0).sum())
         lm = model.lm_loss_sum(tokens.input_ids, tokens.labels, tokens.doc_ids) / max(scored, 1)
         if self.moe is None:
@@ -92,7 +91,7 @@ def open_run(folder: Path, step: int | None = None) -> tuple[AuditedRun, list[Fi
     """
     run = RunDir.open(folder)
     checkpoint, damaged = _checkpoint(run, step)
-    model = _decoder(checkpoint, run)
+    model = _model(checkpoint, run)
     config = run_config(folder)
     dtypes = {name: tensor.dtype for name, tensor in checkpoint.tensors["model"].items()}
     groups = parameter_groups(model, config.optim)
@@ -105,8 +104,8 @@ def open_run(folder: Path, step: int | None = None) -> tuple[AuditedRun, list[Fi
         tokens=_tokens(run, model, config),
         dtypes=dtypes,
         training=_training(run, checkpoint, groups, model, config),
-        layer_total=len(model.layers),
-        moe=model.config.moe,
+        layer_total=model.num_layers,
+        moe=model.moe,
     )
     if run.live:
         subject.notes.append("the run is being written: this is its newest checkpoint")
@@ -137,12 +136,13 @@ def _checkpoint(run: RunDir, step: int | None) -> tuple[Checkpoint, list[Finding
     )
 
 
-def _decoder(checkpoint: Checkpoint, run: RunDir) -> Decoder:
+def _model(checkpoint: Checkpoint, run: RunDir) -> LanguageModel:
     """The model; a router that is missing is named with the package that brought it."""
-    shape = with_kept_router(DecoderConfig.from_dict(checkpoint.state["decoder"]), run.path)
-    if shape.moe is not None:
+    described = with_kept_router(checkpoint.state["model"], run.path)
+    moe = (described["decoder"] if described["kind"] == "decoder" else described)["moe"]
+    if moe is not None:
         try:
-            router_class(shape.moe.router_name)
+            router_class(moe["router"]["name"])
         except MoectlError as error:
             code = run.record.get("router_code") or {}
             package = code.get("distribution")
@@ -152,10 +152,10 @@ def _decoder(checkpoint: Checkpoint, run: RunDir) -> Decoder:
                 f" which cannot be loaded: {error.message}",
                 f"Install {package} again." if package else error.hint,
             ) from error
-    return decoder_from(checkpoint, run.path)
+    return model_from(checkpoint, run.path)
 
 
-def _layers(model: Decoder) -> dict[int, Layer]:
+def _layers(model: LanguageModel) -> dict[int, Layer]:
     return {
         number: Layer(
             number=number,
@@ -172,7 +172,7 @@ def _layers(model: Decoder) -> dict[int, Layer]:
     }
 
 
-def _tokens(run: RunDir, model: Decoder, config: ExperimentConfig) -> Tokens:
+def _tokens(run: RunDir, model: LanguageModel, config: ExperimentConfig) -> Tokens:
     """Blocks of the run's own held-out text, spread over the split; random ids where the data is gone."""
     try:
         data = PackedDataset.open(dataset_of(run.record), verify=False)
@@ -182,14 +182,14 @@ def _tokens(run: RunDir, model: Decoder, config: ExperimentConfig) -> Tokens:
             raise NotFoundError("the held-out split is empty")
         batch = data.eval.batch(np.unique(np.linspace(0, blocks - 1, count).round().astype(np.int64)))
     except (NotFoundError, CheckError) as error:
-        return drawn_tokens(model.config.vocab_size, DRAWN_ROWS, DRAWN_LENGTH, error.message)
+        return drawn_tokens(model.vocab_size, DRAWN_ROWS, DRAWN_LENGTH, error.message)
     ids = batch.input_ids[:, :-1]
     origin = f"{ids.numel():,} held-out tokens of its own data, {data.manifest.id}"
     return Tokens(ids, targets(batch), batch.doc_ids[:, :-1], batch.domain_ids, origin, False)
 
 
 def _training(
-    run: RunDir, checkpoint: Checkpoint, built: list[dict[str, object]], model: Decoder, config: ExperimentConfig
+    run: RunDir, checkpoint: Checkpoint, built: list[dict[str, object]], model: LanguageModel, config: ExperimentConfig
 ) -> Training:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     saved = checkpoint.state.get("optimizer")

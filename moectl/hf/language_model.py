@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from moectl.config.schema import MoEConfig
 from moectl.hf.dense import family_of
 from moectl.hf.upcycle import MASK, upcycled_with
 from moectl.models.cross_entropy import linear_cross_entropy
@@ -48,6 +49,14 @@ class HFLanguageModel(nn.Module):
     @property
     def vocab_size(self) -> int:
         return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.family.layers_of(self.model))
+
+    @property
+    def moe(self) -> MoEConfig | None:
+        return upcycled_with(self.model)
 
     @property
     def eos_token_id(self) -> int | None:

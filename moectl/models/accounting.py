@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from moectl.models.config import DecoderConfig
+from moectl.models.language_model import LanguageModel
 from moectl.moe.experts import GatedExperts
 from moectl.moe.layer import MoELayer
 
@@ -114,7 +115,7 @@ def forward_flops(shape: TransformerShape, layers: Iterable[MoELayer], *, length
     )
 
 
-def count(model: nn.Module) -> ParameterCount:
+def count(model: nn.Module | LanguageModel) -> ParameterCount:
     """Of any model with :class:`MoELayer` in it."""
     inactive = 0
     for layer in model.modules():

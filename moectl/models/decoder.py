@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moectl.config.schema import MoEConfig
 from moectl.models.cache import KVCache
 from moectl.models.config import DecoderConfig
 from moectl.models.cross_entropy import linear_cross_entropy
@@ -214,6 +215,14 @@ class Decoder(nn.Module):
     @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_layers
+
+    @property
+    def moe(self) -> MoEConfig | None:
+        return self.config.moe
 
     @property
     def eos_token_id(self) -> int | None:

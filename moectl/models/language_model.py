@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from moectl.config.schema import MoEConfig
 from moectl.moe.layer import MoELayer
 
 
@@ -31,6 +32,14 @@ class LanguageModel(Protocol):
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding: token ids are below it."""
+
+    @property
+    def num_layers(self) -> int:
+        """Transformer layers, dense ones and those with experts."""
+
+    @property
+    def moe(self) -> MoEConfig | None:
+        """What it was given experts with; None for a dense model."""
 
     @property
     def eos_token_id(self) -> int | None:
@@ -87,6 +96,8 @@ class LanguageModel(Protocol):
     def train(self, mode: bool = True) -> Any: ...
 
     def eval(self) -> Any: ...
+
+    def float(self) -> Any: ...
 
     def to(self, *args: Any, **kwargs: Any) -> Any: ...
 

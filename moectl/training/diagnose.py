@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moectl.corpus.loader import Batch
 from moectl.errors import ConfigError, MoectlError
-from moectl.models.decoder import Decoder
+from moectl.models.language_model import LanguageModel
 from moectl.moe.causality import first_leak
 from moectl.moe.router import Router
 from moectl.moe.types import RouterOutput
@@ -23,7 +23,7 @@ from moectl.training.runtime import precision_context
 
 
 def not_finite(
-    model: Decoder, batches: Sequence[Batch], loss: float, grad_norm: Tensor, precision: str = "float32"
+    model: LanguageModel, batches: Sequence[Batch], loss: float, grad_norm: Tensor, precision: str = "float32"
 ) -> str | None:
     """None when loss and gradient norm are finite; else a sentence that names the layer that went first.
 
@@ -40,7 +40,7 @@ def not_finite(
     return None
 
 
-def refuse_untrainable(model: Decoder, allow_noncausal: bool = False) -> None:
+def refuse_untrainable(model: LanguageModel, allow_noncausal: bool = False) -> None:
     """Raise for a layer that must not be trained, with the reason.
 
     Args:
@@ -140,7 +140,7 @@ def _bad_field(routing: RouterOutput) -> str | None:
     return None
 
 
-def _first_bad_output(model: Decoder, batches: Sequence[Batch]) -> str | None:
+def _first_bad_output(model: LanguageModel, batches: Sequence[Batch]) -> str | None:
     """Run the step's batches again and watch every module that has no children, and every layer."""
     found: list[str] = []
 

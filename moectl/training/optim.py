@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from moectl.config.schema import OptimConfig
+from moectl.models.language_model import LanguageModel
 from moectl.moe.experts import Experts
 from moectl.moe.router import Router
 
 
-def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module | LanguageModel, optim: OptimConfig) -> list[dict[str, object]]:
     """Groups ``router``, ``experts``, ``dense`` and ``no_decay``, each with its own base learning rate.
 
     Routers, norms, embeddings and biases take no weight decay: decay on the router pulls its logits
@@ -49,7 +50,7 @@ def _group_of(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
     return "dense" if parameter.dim() >= 2 and not isinstance(module, nn.Embedding) else "no_decay"
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module | LanguageModel, optim: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW over :func:`parameter_groups`."""
     return torch.optim.AdamW(parameter_groups(model, optim), betas=optim.betas, eps=optim.eps, fused=True)
 

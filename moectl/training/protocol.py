@@ -6,12 +6,41 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
-from moectl.models.decoder import Decoder
+from torch import Tensor
+
+from moectl.corpus.loader import Batch
+from moectl.models.language_model import LanguageModel
 
 Status = Literal["finished", "interrupted", "collapsed", "failed"]
 #: Scores the model on held-out text: metric name to value. Pure language-model losses only. Called with the
 #: model and whether this is the final evaluation; scores in eval mode and leaves the model as it found it.
-Evaluate = Callable[[Decoder, bool], Mapping[str, float]]
+Evaluate = Callable[[LanguageModel, bool], Mapping[str, float]]
+
+
+class ObjectiveSums(NamedTuple):
+    """What one micro-batch is trained on, summed over its scored tokens.
+
+    Attributes:
+        total: what is differentiated (routing's own losses are added elsewhere).
+        lm: the pure language-model loss, in nats.
+        parts: further terms by name, unweighted, for the record: ``train/NAME_loss``.
+    """
+
+    total: Tensor
+    lm: Tensor
+    parts: Mapping[str, Tensor] = {}
+
+
+class Objective(Protocol):
+    """What a model is trained to do with a micro-batch; by default :func:`language_modelling`."""
+
+    def __call__(self, model: LanguageModel, batch: Batch, labels: Tensor) -> ObjectiveSums: ...
+
+
+def language_modelling(model: LanguageModel, batch: Batch, labels: Tensor) -> ObjectiveSums:
+    """Next tokens: ``labels [B, S]`` (-100: not scored) for ``batch.input_ids [B, S + 1]``."""
+    lm = model.lm_loss_sum(batch.input_ids[:, :-1], labels, batch.doc_ids[:, :-1])
+    return ObjectiveSums(lm, lm)
 
 
 class RunLogger(Protocol):

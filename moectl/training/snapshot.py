@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 PARTS = ("model", "optimizer", "rng", "routing")
 KEYS = (
     "step", "tokens", "sampler", "monitor", "capacity", "spikes", "scaler", "pieces", "best", "last", "record",
-    "ending", "optimizer", "decoder", "config_hash", "data_id", "world_size",
+    "ending", "optimizer", "model", "config_hash", "data_id", "world_size",
 )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def pack(trainer: Trainer) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]
         "record": dict(trainer.logger.position()),
         "ending": None if trainer.ending is None else list(trainer.ending),
         "optimizer": optimizer_state,
-        "decoder": trainer.model.config.to_dict(),
+        "model": trainer.model.describe(),
         "config_hash": trainer.config.content_hash(),
         "data_id": trainer.data.manifest.id,
         "world_size": world_size(),

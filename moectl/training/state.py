@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from moectl.errors import CheckError, MoectlError, NotFoundError
+from moectl.models.language_model import LanguageModel
 from moectl.training import checkpoint_files as files
 from moectl.training.checkpoint_root import (
     STEP,
@@ -212,7 +213,7 @@ def keep_checkpoints(root: Path, *, keep: int, protect: Collection[int] = ()) ->
         prune(root, {*checkpoint_steps(root)[-keep:], *protect})
 
 
-def load_model_strict(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def load_model_strict(model: nn.Module | LanguageModel, tensors: Mapping[str, Tensor]) -> None:
     """Copy ``tensors`` into ``model``, all of it or nothing.
 
     Raises:

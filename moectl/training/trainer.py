@@ -18,14 +18,23 @@ from torch import Tensor
 
 from moectl.config.schema import ExperimentConfig
 from moectl.corpus.loader import Batch, BlockSampler, PackedDataset, targets
-from moectl.models.decoder import Decoder
+from moectl.models.language_model import LanguageModel
 from moectl.training import diagnose, optim, runtime, snapshot, state
 from moectl.training.dynamic_capacity import DynamicCapacity
 from moectl.training.gradients import group_norms
 from moectl.training.interrupt import StopRequest
 from moectl.training.memory import Halving, Work, explained
 from moectl.training.monitor import RoutingMonitor
-from moectl.training.protocol import Best, Ending, Evaluate, Progress, RunLogger, TrainResult
+from moectl.training.protocol import (
+    Best,
+    Ending,
+    Evaluate,
+    Objective,
+    Progress,
+    RunLogger,
+    TrainResult,
+    language_modelling,
+)
 from moectl.training.rehearsal import rehearsal
 from moectl.training.revival import Revival
 from moectl.training.routing import StepRouting
@@ -49,6 +58,7 @@ class Trainer:
         checkpoints: folder of this run's checkpoints.
         evaluate: scores the model on held-out text (pure language-model loss), or None.
         progress: called after every optimizer step, or None.
+        objective: what a micro-batch is trained on, beside routing's own losses.
 
     Raises:
         ConfigError: the router cannot be trained, or cannot follow a schedule.
@@ -56,7 +66,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: Decoder,
+        model: LanguageModel,
         data: PackedDataset,
         config: ExperimentConfig,
         *,
@@ -64,6 +74,7 @@ class Trainer:
         checkpoints: Path,
         evaluate: Evaluate | None = None,
         progress: Progress | None = None,
+        objective: Objective = language_modelling,
     ) -> None:
         diagnose.refuse_untrainable(model, allow_noncausal=config.train.allow_noncausal)
         self.config, self.settings = config, config.train
@@ -71,7 +82,7 @@ class Trainer:
         self.model = model.to(self.device, runtime.parameter_dtype(config.train.precision))
         self.layers = model.moe_layers()
         self.data, self.logger, self.checkpoints = data, logger, checkpoints
-        self.evaluate, self.progress = evaluate, progress
+        self.evaluate, self.progress, self.objective = evaluate, progress, objective
         self.optimizer = optim.build_optimizer(model, config.optim)
         self.sampler = BlockSampler(data.train.num_blocks, batch_size=config.train.batch_size, seed=config.train.seed)
         self.monitor = RoutingMonitor(self.layers, data.domains, config.train.collapse)
@@ -218,12 +229,14 @@ class Trainer:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's part of the step's loss, and what it is made of, by metric name and unweighted."""
         with runtime.precision_context(self.settings.precision, self.device):
-            lm = self.model.lm_loss_sum(batch.input_ids[:, :-1], labels, batch.doc_ids[:, :-1]) / scored_tokens
-        parts = {"train/lm_loss": lm}
+            sums = self.objective(self.model, batch, labels)
+        loss = sums.total / scored_tokens
+        parts = {"train/lm_loss": sums.lm / scored_tokens}
+        parts |= {f"train/{name}_loss": value / scored_tokens for name, value in sums.parts.items()}
         if routing is None:
-            return lm, parts
+            return loss, parts
         auxiliary, losses = routing.losses(batch.domain_ids)
-        return lm + auxiliary, parts | {f"train/{name}_loss": value for name, value in losses.items()}
+        return loss + auxiliary, parts | {f"train/{name}_loss": value for name, value in losses.items()}
 
     def _count(self, batches: list[Batch], routing: StepRouting) -> None:
         """The first of two passes over a step's batches; the second draws the same noise and takes the same routes."""

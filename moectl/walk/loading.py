@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moectl.config.schema import ExperimentConfig
 from moectl.errors import CheckError, NotFoundError
-from moectl.models.config import DecoderConfig
-from moectl.models.decoder import Decoder
+from moectl.hf.folder import build_described
+from moectl.models.language_model import LanguageModel
 from moectl.runs.find import find_run
 from moectl.runs.rundir import RunDir
 from moectl.runs.settings import broken_config, read_config
@@ -39,7 +39,7 @@ class LoadedRun(NamedTuple):
         sha256: of the checkpoint's manifest, which lists the hash of every file.
     """
 
-    model: Decoder
+    model: LanguageModel
     folder: Path
     data: Path
     step: int
@@ -59,7 +59,7 @@ def load_run(run: str | Path | None = None, *, step: int | None = None) -> Loade
     return LoadedRun(model.eval(), folder, dataset_of(run_record(folder)), checkpoint.step, messages, checkpoint.sha256)
 
 
-def load(run: str | Path | None = None) -> tuple[Decoder, Tokenizer]:
+def load(run: str | Path | None = None) -> tuple[LanguageModel, Tokenizer]:
     """A run's model, ready to call or generate, and its tokenizer: ``model, tokenizer = moectl.load("RUN")``."""
     from moectl.corpus.loader import PackedDataset
 
@@ -67,19 +67,22 @@ def load(run: str | Path | None = None) -> tuple[Decoder, Tokenizer]:
     return loaded.model, PackedDataset.open(loaded.data, verify=False).tokenizer()
 
 
-def decoder_from(checkpoint: Checkpoint, run_folder: Path) -> Decoder:
-    """The decoder that a checkpoint of a run describes, with its weights in their own dtype.
+def model_from(checkpoint: Checkpoint, run_folder: Path) -> LanguageModel:
+    """The model that a checkpoint of a run describes, with its weights in their own dtype.
 
     Raises:
         CheckError: a key is missing, unexpected or of the wrong shape, or no model is described at all.
     """
     try:
         weights = checkpoint.tensors["model"]
-        shape = DecoderConfig.from_dict(checkpoint.state["decoder"])
-        dtype = weights["embed_tokens.weight"].dtype
+        description = with_kept_router(checkpoint.state["model"], run_folder)
+        model = build_described(description)
+        # Not the buffers: rotary frequencies and balancing biases keep their own dtype.
+        for name, parameter in model.named_parameters():
+            if name in weights:  # what is missing is named below
+                parameter.data = parameter.data.to(weights[name].dtype)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckError(f"the checkpoint {checkpoint.folder.name} describes no model: {error!r}") from error
-    model = Decoder(with_kept_router(shape, run_folder)).to(dtype)
     load_model_strict(model, weights)
     return model
 
@@ -105,14 +108,14 @@ def run_config(folder: Path) -> ExperimentConfig:
         raise broken_config(folder / "config.yaml", f"{key}: {first['msg']}" if key else first["msg"]) from None
 
 
-def _newest(folder: Path) -> tuple[Checkpoint, Decoder, list[str]]:
-    return newest_usable(folder / "checkpoints", lambda found: decoder_from(found, folder), parts=("model",))
+def _newest(folder: Path) -> tuple[Checkpoint, LanguageModel, list[str]]:
+    return newest_usable(folder / "checkpoints", lambda found: model_from(found, folder), parts=("model",))
 
 
-def _at(folder: Path, step: int) -> tuple[Checkpoint, Decoder, list[str]]:
+def _at(folder: Path, step: int) -> tuple[Checkpoint, LanguageModel, list[str]]:
     root = folder / "checkpoints"
     if not (root / step_name(step)).is_dir():
         steps = ", ".join(str(kept) for kept in checkpoint_steps(root)) or "none"
         raise NotFoundError(f"the run {folder.name} has no checkpoint of step {step}", f"It has: {steps}.")
     checkpoint = load_checkpoint(root / step_name(step), parts=("model",))
-    return checkpoint, decoder_from(checkpoint, folder), []
+    return checkpoint, model_from(checkpoint, folder), []

@@ -13,7 +13,7 @@ from moectl import paths
 from moectl.corpus.loader import PackedDataset
 from moectl.errors import MoectlError
 from moectl.marks import marks_of
-from moectl.models.decoder import Decoder
+from moectl.models.language_model import LanguageModel
 from moectl.runs.files import dumps, write_atomic
 from moectl.runs.logger import RunRecorder
 from moectl.runs.rundir import RunDir
@@ -35,7 +35,7 @@ class Subject:
     """
 
     run: RunDir
-    model: Decoder
+    model: LanguageModel
     data: PackedDataset
     step: int
 

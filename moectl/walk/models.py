@@ -57,16 +57,6 @@ def resolve_init(moe: MoEConfig, *, trained: bool) -> MoEConfig:
     return moe.model_copy(update={"init": "copy" if trained else "random"})
 
 
-def count_parameters(model: Decoder) -> dict[str, int]:
-    """Parameters: total, active per token (embeddings and all, k experts of E), and inactive."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    inactive = 0
-    for layer in model.moe_layers().values():
-        per_expert = sum(p.numel() for p in layer.experts.parameters()) // layer.experts.num_experts
-        inactive += per_expert * (layer.experts.num_experts - layer.router.top_k)
-    return {"total": total, "active": total - inactive, "inactive": inactive}
-
-
 def _trained_base(config: ExperimentConfig, manifest: Manifest) -> tuple[Decoder, dict[str, Any]]:
     given = config.model.model_dump(exclude={"base"}, exclude_none=True)
     if given:

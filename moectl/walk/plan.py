@@ -17,6 +17,7 @@ from moectl.corpus.manifest import Manifest
 from moectl.corpus.store import dataset_ids, find_dataset
 from moectl.errors import ConfigError, MoectlError, NotFoundError, did_you_mean
 from moectl.models.config import SIZES, DecoderConfig, decoder_config
+from moectl.models.decoder import Decoder
 from moectl.planning.budget import check_price
 from moectl.planning.devices import THIS, USUAL, Device, device_of, find_device
 from moectl.planning.plan import Data, Plan, make_plan
@@ -178,6 +179,7 @@ def _shape(config: ExperimentConfig, data: Data) -> DecoderConfig:
             raise ConfigError(
                 f"no plan for the base '{base}': neither a size ({', '.join(SIZES)}) nor a run", hint
             ) from error
+        assert isinstance(loaded.model, Decoder)  # the plan of another kind is made elsewhere
         shape = loaded.model.config
         if shape.moe is not None and config.moe is None:
             raise ConfigError(

@@ -140,7 +140,7 @@ def measure_dense(model: LanguageModel, *, seed: int = 0, length: int | None = N
     return Dense(
         ids=ids,
         logits={name: logits_in(model, ids, dtype) for name, dtype in DTYPES.items()},
-        parameters=count(model),  # type: ignore[arg-type]
+        parameters=count(model),
         flops=forward_flops(shape_of(model), (), length=length or row_length(model)),
         bytes=weight_bytes(model),
     )
@@ -175,7 +175,7 @@ def write_receipt(
         largest_logit=float(dense.logits["float64"].abs().max()),
         keeps_function=within if meant else None,
         length=rows,
-        parameters={"dense": dense.parameters, "moe": count(model)},  # type: ignore[arg-type]
+        parameters={"dense": dense.parameters, "moe": count(model)},
         flops={"dense": dense.flops, "moe": forward_flops(shape_of(model), layers.values(), length=rows)},
         bytes={"dense": dense.bytes, "moe": weight_bytes(model)},
     )

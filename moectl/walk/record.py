@@ -16,13 +16,13 @@ from moectl.config.schema import ExperimentConfig
 from moectl.corpus.loader import PackedDataset
 from moectl.errors import MoectlError
 from moectl.marks import marks_of
-from moectl.models.decoder import Decoder
+from moectl.models import accounting
+from moectl.models.language_model import LanguageModel
 from moectl.runs.logger import RunRecorder
 from moectl.runs.provenance import Provenance
 from moectl.runs.rundir import RunDir, now
 from moectl.training import runtime
 from moectl.training.protocol import TrainResult
-from moectl.walk.models import count_parameters
 from moectl.walk.router_code import RouterCode
 
 
@@ -48,11 +48,12 @@ def opening(
     key: str,
     provenance: Provenance,
     data: PackedDataset,
-    model: Decoder,
+    model: LanguageModel,
     base: Mapping[str, Any],
     code: RouterCode | None,
 ) -> dict[str, Any]:
     """The record before the first step."""
+    parameters = accounting.count(model)
     return {
         **provenance.record(),
         "kind": _kind(config),
@@ -68,7 +69,7 @@ def opening(
         "run_key": key,
         "data": {"id": data.manifest.id, "sha256": data.manifest.content_sha256, "folder": str(data.folder)},
         "base": dict(base),
-        "parameters": count_parameters(model),
+        "parameters": {"total": parameters.total, "active": parameters.active, "inactive": parameters.inactive},
         "threads": torch.get_num_threads(),
         "marks": list(marks_of(model)),
     }

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moectl.config.schema import ExperimentConfig
-from moectl.models.config import DecoderConfig
 from moectl.plugins import OWN, router_entries
 from moectl.routers import router_class
 
@@ -62,10 +63,12 @@ def keep(code: RouterCode | None, folder: Path) -> None:
         shutil.copyfile(code.file, folder / KEPT)
 
 
-def with_kept_router(decoder: DecoderConfig, folder: Path) -> DecoderConfig:
-    """A router that came from a file is read from the copy in the run folder, whatever that file says today."""
+def with_kept_router(description: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What :meth:`LanguageModel.describe` said, with a router that came from a file read from the copy in the run
+    folder, whatever that file says today."""
+    described = copy.deepcopy(dict(description))
+    moe = (described["decoder"] if described["kind"] == "decoder" else described)["moe"]
     kept = folder / KEPT
-    if decoder.moe is None or ".py:" not in decoder.moe.router_name or not kept.is_file():
-        return decoder
-    router = {**decoder.moe.router, "name": f"{kept}:{decoder.moe.router_name.rpartition(':')[2]}"}
-    return decoder.with_moe(decoder.moe.model_copy(update={"router": router}))
+    if moe is not None and ".py:" in moe["router"]["name"] and kept.is_file():
+        moe["router"]["name"] = f"{kept}:{moe['router']['name'].rpartition(':')[2]}"
+    return described

@@ -15,7 +15,7 @@ from moectl.corpus.loader import PackedDataset
 from moectl.errors import ConfigError, NotFoundError
 from moectl.evaluation.losses import evaluate
 from moectl.marks import marked
-from moectl.models.decoder import Decoder
+from moectl.models.language_model import LanguageModel
 from moectl.routers import resolve_router
 from moectl.runs.find import find_run, newest_first, readable_runs
 from moectl.runs.logger import RunRecorder
@@ -27,7 +27,7 @@ from moectl.training.state import Checkpoint, checkpoint_steps, newest_usable
 from moectl.training.trainer import Trainer
 from moectl.walk import record
 from moectl.walk.data import dataset_for, dataset_of
-from moectl.walk.loading import decoder_from, run_config
+from moectl.walk.loading import model_from, run_config
 from moectl.walk.models import build_model
 from moectl.walk.router_code import keep, router_code, with_absolute_router
 
@@ -151,13 +151,13 @@ def resume_run(name: str, request: RunRequest, reread: Callable[[Path], Experime
 
 
 def _run(
-    run: RunDir, config: ExperimentConfig, data: PackedDataset, model: Decoder | None, request: RunRequest
+    run: RunDir, config: ExperimentConfig, data: PackedDataset, model: LanguageModel | None, request: RunRequest
 ) -> RunOutcome:
     """Train ``model`` from step 0, or without one from the newest checkpoint that fits."""
     started = time.monotonic()
     recorder = RunRecorder(run, paths.registry_path(), warn=request.say)
 
-    def trainer_of(model: Decoder) -> Trainer:
+    def trainer_of(model: LanguageModel) -> Trainer:
         return Trainer(
             model,
             data,
@@ -181,7 +181,7 @@ def _run(
     return RunOutcome(run.id, run.path, *ended, result.metrics, marks=tuple(run.record["marks"]))
 
 
-def _held_out(model: Decoder, data: PackedDataset, config: ExperimentConfig, final: bool) -> dict[str, float]:
+def _held_out(model: LanguageModel, data: PackedDataset, config: ExperimentConfig, final: bool) -> dict[str, float]:
     """Pure language-model losses: over the whole held-out split at the end, whatever bounds the periodic ones.
 
     What was read from a part of the split only is named ``eval_part/...``: it is another number.
@@ -193,7 +193,7 @@ def _held_out(model: Decoder, data: PackedDataset, config: ExperimentConfig, fin
     return {name.replace("eval/", "eval_part/", 1): value for name, value in report.metrics().items()}
 
 
-def _take_up(trainer_of: Callable[[Decoder], Trainer], recorder: RunRecorder, say: Say) -> Trainer:
+def _take_up(trainer_of: Callable[[LanguageModel], Trainer], recorder: RunRecorder, say: Say) -> Trainer:
     """A trainer where the newest usable checkpoint was written, and the record cut back to there: nothing counts twice.
 
     A checkpoint is usable if model, optimizer, generators and all else of this run come out of it.
@@ -201,7 +201,7 @@ def _take_up(trainer_of: Callable[[Decoder], Trainer], recorder: RunRecorder, sa
     run = recorder.rundir
 
     def use(checkpoint: Checkpoint) -> Trainer:
-        trainer = trainer_of(decoder_from(checkpoint, run.path))
+        trainer = trainer_of(model_from(checkpoint, run.path))
         trainer.restore(checkpoint)
         return trainer
 
