@@ -202,7 +202,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from moectl.parity.diagnose import equivalent_here
+from moectl.parity.diagnosis.diagnose import equivalent_here
 from tests.parity.judging import cases_and_answers, judge, judge_in_bfloat16
 from tests.parity.mutants import MUTANTS, Mutant
 

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from moectl.errors import ConfigError, NotFoundError
-from moectl.parity.calls import Plan, arguments
+from moectl.parity.candidate.calls import Plan, arguments
+from moectl.parity.candidate.construct import Construction, construct
+from moectl.parity.candidate.expressions import Source
+from moectl.parity.candidate.loading import load_file
+from moectl.parity.candidate.settings import Settings, setting_of, settings_of
+from moectl.parity.candidate.sizes import sizes_of
+from moectl.parity.candidate.user_code import AdapterError, Failure, attempt
 from moectl.parity.case import Inputs, Level, Reroute, Unsupported
-from moectl.parity.construct import Construction, construct
-from moectl.parity.expressions import Source
 from moectl.parity.formula import Formula
-from moectl.parity.loading import load_file
-from moectl.parity.settings import Settings, setting_of, settings_of
-from moectl.parity.sizes import sizes_of
-from moectl.parity.user_code import AdapterError, Failure, attempt
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "_templates" / "adapter.py.tmpl"
 #: What a tape entry is read from: a submodule's path (its output), ``path:input``, or a function of the module's

@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import torch
 
 from moectl.errors import ConfigError, MoectlError, unknown
+from moectl.parity.candidate.problems import Problem
 from moectl.parity.case import Level, Subject, Unsupported
 from moectl.parity.contest import Contest, contest
-from moectl.parity.diagnose import Diagnosis, diagnose
+from moectl.parity.diagnosis.diagnose import Diagnosis, diagnose
+from moectl.parity.diagnosis.low_precision import missing_casts
 from moectl.parity.families import family_name, formula_of, levels_of
 from moectl.parity.layer_only import LayerOnly, layer_only
-from moectl.parity.low_precision import missing_casts
 from moectl.parity.own import Own
 from moectl.parity.probes import Bench, Probe, probes_named
-from moectl.parity.problems import Problem
 from moectl.parity.reference import FormulaSubject
 from moectl.parity.results import ProbeResult, Report, Skipped
 from moectl.parity.source import Source, check_size, open_source, parameter_count
@@ -228,7 +228,7 @@ def _tasks(
 
 def _subjects(request: Request, source: Source) -> list[Subject]:
     if request.candidate is not None:
-        from moectl.parity.candidate import load_candidate
+        from moectl.parity.candidate.side import load_candidate
 
         family = source.family
         given: dict[str, Any] = {

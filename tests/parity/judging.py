@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moectl.parity.candidate import load_candidate
+from moectl.parity.candidate.side import load_candidate
 from moectl.parity.case import Case, Inputs, Level
 from moectl.parity.compare import compare
-from moectl.parity.diagnose import Diagnosis, diagnose
+from moectl.parity.diagnosis.diagnose import Diagnosis, diagnose
+from moectl.parity.diagnosis.finding import Finding
+from moectl.parity.diagnosis.low_precision import missing_casts
+from moectl.parity.diagnosis.separating import separating_cases
 from moectl.parity.families import config_of, formula_of, random_weights
-from moectl.parity.finding import Finding
 from moectl.parity.hugging_face import HuggingFace
-from moectl.parity.low_precision import missing_casts
-from moectl.parity.separating import separating_cases
 from moectl.parity.tape import Tape
 from tests.parity.cases import case
 from tests.parity.mutants import Mutant

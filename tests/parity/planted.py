@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 
 from moectl.parity.case import Case, Inputs, Level, Reroute
+from moectl.parity.diagnosis.separating import separating_cases
 from moectl.parity.families import config_of, formula_of, random_weights
 from moectl.parity.hypotheses import Variant
 from moectl.parity.reference import FormulaSubject
-from moectl.parity.separating import separating_cases
 from moectl.parity.tape import Tape
 
 #: What a candidate that can hardly be looked into shows: its result.

@@ -9,10 +9,10 @@ import torch
 
 from moectl.errors import ConfigError, NotFoundError
 from moectl.parity.adapter import new_adapter
-from moectl.parity.candidate import Candidate, load_candidate
+from moectl.parity.candidate.side import Candidate, load_candidate
+from moectl.parity.candidate.user_code import AdapterError, CandidateError
 from moectl.parity.case import Case, Level
 from moectl.parity.hugging_face import HuggingFace, rerouted_by
-from moectl.parity.user_code import AdapterError, CandidateError
 from tests.parity.cases import case, error
 
 HERE = Path(__file__).parent

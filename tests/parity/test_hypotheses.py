@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from moectl import catalogue
-from moectl.parity.diagnose import diagnose
+from moectl.parity.diagnosis.diagnose import diagnose
+from moectl.parity.diagnosis.trials import Bench
 from moectl.parity.hypotheses import HYPOTHESES, NOTHING, Hypothesis, Variant, hypotheses_at
 from moectl.parity.hypotheses.detached import BACKWARD
 from moectl.parity.hypotheses.kinds import LEVELS, attention, experts, router
-from moectl.parity.trials import Bench
 from tests.parity.planted import OUTPUTS, Planted, cases_of
 
 #: Those that find their own number in what the candidate shows: planted here with one.

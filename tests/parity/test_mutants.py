@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from moectl.parity.candidate import load_candidate
+from moectl.parity.candidate.side import load_candidate
 from moectl.parity.case import Case, Inputs, Level
 from moectl.parity.compare import compare
-from moectl.parity.diagnose import diagnose, equivalent_here
+from moectl.parity.diagnosis.diagnose import diagnose, equivalent_here
+from moectl.parity.diagnosis.low_precision import missing_casts
 from moectl.parity.families import config_of, formula_of, random_weights
 from moectl.parity.hugging_face import HuggingFace
 from moectl.parity.hypotheses import HYPOTHESES
 from moectl.parity.hypotheses.detached import BACKWARD
-from moectl.parity.low_precision import missing_casts
 from tests.parity.cases import case
 from tests.parity.judging import bfloat16_case, cases_and_answers, judge, judge_in_bfloat16
 from tests.parity.mutants import CANDIDATES, CLASSES, MUTANTS, Mutant

@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from moectl.parity.case import Case, Inputs
 from moectl.parity.compare import Comparison, Row
 from moectl.parity.contest import Contest
-from moectl.parity.diagnose import Diagnosis, Finding
+from moectl.parity.diagnosis.diagnose import Diagnosis, Finding
 from moectl.parity.results import ProbeResult, Report, Skipped
 from moectl.parity.routes import Flip
 from moectl.reports.parity import parity_report, rows_table

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moectl.parity.case import Case
 from moectl.parity.compare import compare_tensor, real_tokens
-from moectl.parity.effective_weights import (
+from moectl.parity.diagnosis.effective_weights import (
     Effective,
     effective_weights,
     find_capacity,

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from moectl.parity.expressions import ExpressionError, evaluate, pull_back, unread
+from moectl.parity.candidate.expressions import ExpressionError, evaluate, pull_back, unread
+from moectl.parity.candidate.guess import Guess, guess_mapping
+from moectl.parity.candidate.sizes import sizes_of
 from moectl.parity.families import config_of, formula_of, random_weights, weight_shapes
-from moectl.parity.guess import Guess, guess_mapping
-from moectl.parity.sizes import sizes_of
 
 FORMULA = formula_of("qwen3", config_of("qwen3", "tiny"))
 SIZES = sizes_of(FORMULA)

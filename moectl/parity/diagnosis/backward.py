@@ -17,13 +17,13 @@ from torch import Tensor
 
 from moectl.parity.case import Case
 from moectl.parity.compare import Row, compare_tensor
+from moectl.parity.diagnosis.finding import Finding
+from moectl.parity.diagnosis.trials import IMPOSSIBLE
 from moectl.parity.families import formula_of
-from moectl.parity.finding import Finding
 from moectl.parity.hypotheses import LEVELS, Look, Variant
 from moectl.parity.hypotheses.detached import BACKWARD
 from moectl.parity.reference import FormulaSubject
 from moectl.parity.tape import Tape, model_order
-from moectl.parity.trials import IMPOSSIBLE
 
 #: Cases whose gradients are computed for each hypothesis.
 CASES = 2
@@ -33,7 +33,7 @@ NO_GRADIENT, ROUTERS = "MOE032", ("weight", "gate.weight", "router.weight", "mlp
 
 
 class Backward(NamedTuple):
-    """What the gradients say: see :class:`~moectl.parity.diagnose.Diagnosis`."""
+    """What the gradients say: see :class:`~moectl.parity.diagnosis.diagnose.Diagnosis`."""
 
     findings: tuple[Finding, ...]
     unexplained: str | None

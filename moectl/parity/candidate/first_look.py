@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from moectl.parity import reference
 from moectl.parity.adapter import Adapter
-from moectl.parity.built import Built
-from moectl.parity.calls import plan_of
-from moectl.parity.candidate_run import Run
+from moectl.parity.candidate.built import Built
+from moectl.parity.candidate.calls import plan_of
+from moectl.parity.candidate.outputs import RouterReading, read_router
+from moectl.parity.candidate.problems import Problem
+from moectl.parity.candidate.run import Run
+from moectl.parity.candidate.trial import BATCH, LENGTH, find_plan, trial_inputs
 from moectl.parity.case import Case, Inputs
 from moectl.parity.families import random_weights
-from moectl.parity.outputs import RouterReading, read_router
-from moectl.parity.problems import Problem
 from moectl.parity.tape import Tape
-from moectl.parity.trial import BATCH, LENGTH, find_plan, trial_inputs
 
 if TYPE_CHECKING:
-    from moectl.parity.candidate import Candidate
+    from moectl.parity.candidate.side import Candidate
 
 #: Two runs of the same, or the block's output made again from expert outputs and weights: sums in another order
 #: differ by 1e-16 of their size (float32: 1e-7) times a few; dropout, noise and wrong readings by far more.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moectl.parity.effective_weights import (
+from moectl.parity.diagnosis.effective_weights import (
     effective_weights,
     find_capacity,
     find_permutation,

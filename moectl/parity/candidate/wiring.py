@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from moectl.parity.candidate.roles import Named
 from moectl.parity.case import Level
-from moectl.parity.roles import Named
 
 _FFN = ("gate", "up", "down", "gate_up", "up_gate")
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moectl.parity.calls import CAUSAL_MASKS, PADDING_MASKS, Plan, arguments, parameters_of, plan_of, variants
+from moectl.parity.candidate.calls import CAUSAL_MASKS, PADDING_MASKS, Plan, arguments, parameters_of, plan_of, variants
+from moectl.parity.candidate.outputs import describe, main_output, read_router, tensors_in
+from moectl.parity.candidate.user_code import CandidateError, Failure, a_level, attempt
 from moectl.parity.case import Inputs, Level, Unsupported
 from moectl.parity.formula import Formula
-from moectl.parity.outputs import describe, main_output, read_router, tensors_in
-from moectl.parity.user_code import CandidateError, Failure, a_level, attempt
 
 BATCH, LENGTH = 3, 5
 #: Outputs that should not have moved at all: room for another order of summation in float64, and for float32.

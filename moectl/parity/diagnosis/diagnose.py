@@ -15,17 +15,17 @@ from itertools import combinations
 from typing import Any
 
 from moectl.errors import MoectlError
-from moectl.parity.backward import diagnose_gradients
 from moectl.parity.case import Case, Subject, Unsupported
-from moectl.parity.extras import findings_in_extras
+from moectl.parity.diagnosis.backward import diagnose_gradients
+from moectl.parity.diagnosis.extras import findings_in_extras
+from moectl.parity.diagnosis.finding import Finding
+from moectl.parity.diagnosis.separating import separating_cases
+from moectl.parity.diagnosis.trials import Bench, Trial
 from moectl.parity.families import family_name
-from moectl.parity.finding import Finding
 from moectl.parity.hypotheses import NOTHING, Look, Variant, hypotheses_at
 from moectl.parity.hypotheses.routes import picture
 from moectl.parity.reference import FormulaSubject
-from moectl.parity.separating import separating_cases
 from moectl.parity.tape import Tape
-from moectl.parity.trials import Bench, Trial
 
 #: Mistakes that are looked for at once in one candidate.
 MOST = 3

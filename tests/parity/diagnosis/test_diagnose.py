@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moectl.parity.case import Case, Level, Reroute
-from moectl.parity.diagnose import Diagnosis, diagnose, equivalent_here
+from moectl.parity.diagnosis.diagnose import Diagnosis, diagnose, equivalent_here
 from moectl.parity.hypotheses import NOTHING, Variant
 from moectl.parity.hypotheses.kinds import attention, experts, router, whole
 from moectl.parity.reference import FormulaSubject

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from moectl.errors import ConfigError, MoectlError, NotFoundError
-from moectl.parity.candidate import Candidate, load_candidate
+from moectl.parity.candidate.side import Candidate, load_candidate
+from moectl.parity.candidate.user_code import CandidateError
 from moectl.parity.case import Case, Unsupported
 from moectl.parity.hugging_face import HuggingFace, rerouted_by
 from moectl.parity.tape import Tape
-from moectl.parity.user_code import CandidateError
 from tests.parity.cases import case, error
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 BAD = HERE / "bad"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 MOE = ("mlp.router_logits", "mlp.chosen", "mlp.output", "mlp.routed", "grad.input", "grad.gate.weight")
@@ -450,7 +450,7 @@ def test_modules_are_found_in_the_current_folder_and_relative_imports_work(tmp_p
     (package / "parts.py").write_text((BAD / "misbehaving.py").read_text(encoding="utf-8"), encoding="utf-8")
     (package / "block.py").write_text("from .parts import Right as MoE\n", encoding="utf-8")
     script = (
-        "from moectl.parity.candidate import load_candidate\n"
+        "from moectl.parity.candidate.side import load_candidate\n"
         "print(load_candidate('mine.block:MoE', family='qwen3').level)\n"
         "print(load_candidate('mine/block.py:MoE', family='qwen3').level)\n"
     )

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from moectl.errors import ConfigError, MoectlError, NotFoundError, did_you_mean, unknown
-from moectl.parity.user_code import AdapterError, CandidateError, Failure, attempt
+from moectl.parity.candidate.user_code import AdapterError, CandidateError, Failure, attempt
 
 _LISTED = 30
 FORM = "Name it as package.module:Class or path/to/file.py:Class."

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from moectl.parity.candidate.shapes import Orientations, as_heads, as_rope_table, as_sequence
+from moectl.parity.candidate.watching import Watch
 from moectl.parity.formula import Formula
-from moectl.parity.shapes import Orientations, as_heads, as_rope_table, as_sequence
 from moectl.parity.tape import Tape
-from moectl.parity.watching import Watch
 
 
 class Pieces:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moectl.parity.user_code import attempt
-from moectl.parity.wiring import LayerWiring
+from moectl.parity.candidate.user_code import attempt
+from moectl.parity.candidate.wiring import LayerWiring
 
 _INDICES = ("ind", "idx", "id", "select", "expert")
 _WEIGHTS = ("weight", "score", "prob", "gate", "coef")

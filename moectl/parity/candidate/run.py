@@ -16,19 +16,19 @@ from torch.nn import functional as F
 
 from moectl.errors import MissingDependencyError
 from moectl.parity.adapter import Adapter
-from moectl.parity.built import Built
+from moectl.parity.candidate.built import Built
+from moectl.parity.candidate.expressions import pull_back
+from moectl.parity.candidate.hooks import Recorder
+from moectl.parity.candidate.outputs import balance_loss_in, describe, main_output, routed
+from moectl.parity.candidate.problems import Problem
+from moectl.parity.candidate.sizes import sizes_of
+from moectl.parity.candidate.trial import width_of
+from moectl.parity.candidate.user_code import AdapterError, CandidateError, Failure, a_level, attempt
 from moectl.parity.case import Case, Inputs, Reroute, Unsupported, positions_of
-from moectl.parity.expressions import pull_back
-from moectl.parity.hooks import Recorder
-from moectl.parity.outputs import balance_loss_in, describe, main_output, routed
-from moectl.parity.problems import Problem
-from moectl.parity.sizes import sizes_of
 from moectl.parity.tape import Tape
-from moectl.parity.trial import width_of
-from moectl.parity.user_code import AdapterError, CandidateError, Failure, a_level, attempt
 
 if TYPE_CHECKING:
-    from moectl.parity.candidate import Candidate
+    from moectl.parity.candidate.side import Candidate
 
 IGNORED = -100
 _TAPE = {"model": "logits", "layer": "mlp.residual", "attention": "attn.output", "moe": "mlp.output"}

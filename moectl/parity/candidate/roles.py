@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from moectl.parity import words
+from moectl.parity.candidate import words
+from moectl.parity.candidate.words import Words, words_of
 from moectl.parity.case import Level
-from moectl.parity.words import Words, words_of
 
 Shape = tuple[int, ...]
 
@@ -27,7 +27,7 @@ class Named:
         shape: as it is.
         linear: whether torch fixes its orientation as ``[out, in]`` (``nn.Linear``, ``nn.Embedding``).
         layer: number of its layer, None outside or in a lone component.
-        role: see :mod:`moectl.parity.words`; None where no name is known.
+        role: see :mod:`moectl.parity.candidate.words`; None where no name is known.
         expert, head: which one it belongs to, None where it holds all.
         remark: what was assumed.
     """

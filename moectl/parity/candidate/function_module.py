@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from moectl.parity.calls import takes_input
-from moectl.parity.settings import Settings, UnknownSetting
-from moectl.parity.user_code import CandidateError
-from moectl.parity.words import ffn_roles, is_router, plain
+from moectl.parity.candidate.calls import takes_input
+from moectl.parity.candidate.settings import Settings, UnknownSetting
+from moectl.parity.candidate.user_code import CandidateError
+from moectl.parity.candidate.words import ffn_roles, is_router, plain
 
 _SHAPES = {
     "router": ("num_experts", "hidden_size"),

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from moectl.parity.adapter import Adapter, bound
+from moectl.parity.candidate.expressions import ExpressionError, Source, evaluate, unread
+from moectl.parity.candidate.guess import Guess, Mapped, guess_mapping
+from moectl.parity.candidate.settings import Settings
+from moectl.parity.candidate.sizes import sizes_of
+from moectl.parity.candidate.user_code import AdapterError, CandidateError, Failure, a_level, attempt
+from moectl.parity.candidate.wiring import Wiring, wire
 from moectl.parity.case import Level, Weights
-from moectl.parity.expressions import ExpressionError, Source, evaluate, unread
 from moectl.parity.families import config_of, formula_of, weight_shapes
 from moectl.parity.formula import Formula
-from moectl.parity.guess import Guess, Mapped, guess_mapping
-from moectl.parity.settings import Settings
-from moectl.parity.sizes import sizes_of
-from moectl.parity.user_code import AdapterError, CandidateError, Failure, a_level, attempt
-from moectl.parity.wiring import Wiring, wire
 
 
 @dataclass

@@ -40,7 +40,7 @@ class Piece(NamedTuple):
 
     Attributes:
         layer: its number; None outside of layers.
-        role: as :mod:`moectl.parity.words` names it; biases are ``role.bias``.
+        role: as :mod:`moectl.parity.candidate.words` names it; biases are ``role.bias``.
         source: an expression in the orientation ``[out, in]``, or ``[E, out, in]`` where ``stacked``.
         stacked: whether the first dimension counts experts.
     """

@@ -21,21 +21,21 @@ from torch import Tensor, nn
 
 from moectl.errors import unknown
 from moectl.parity.adapter import Adapter, bound, load_adapter
-from moectl.parity.built import Built, build, checked, guess_level, made, tiny_config
-from moectl.parity.calls import Plan
-from moectl.parity.candidate_run import Run
+from moectl.parity.candidate.built import Built, build, checked, guess_level, made, tiny_config
+from moectl.parity.candidate.calls import Plan
+from moectl.parity.candidate.expressions import Source
+from moectl.parity.candidate.first_look import first_look
+from moectl.parity.candidate.function_module import as_module_class
+from moectl.parity.candidate.guess import Guess, Mapped
+from moectl.parity.candidate.hooks import Learned
+from moectl.parity.candidate.loading import load_object
+from moectl.parity.candidate.problems import Problem, plain_tensors, unreachable_parts
+from moectl.parity.candidate.run import Run
+from moectl.parity.candidate.user_code import CandidateError, a_level
 from moectl.parity.case import Case, Level, Reroute, Unsupported
-from moectl.parity.expressions import Source
 from moectl.parity.families import family_name, formula_of, levels_of, random_weights
-from moectl.parity.first_look import first_look
-from moectl.parity.function_module import as_module_class
-from moectl.parity.guess import Guess, Mapped
-from moectl.parity.hooks import Learned
 from moectl.parity.lift import lifted
-from moectl.parity.loading import load_object
-from moectl.parity.problems import Problem, plain_tensors, unreachable_parts
 from moectl.parity.tape import Tape
-from moectl.parity.user_code import CandidateError, a_level
 
 _KEPT = 3
 _TIED = Problem(

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from moectl.errors import MoectlError
+from moectl.parity.candidate.sizes import LETTERS
 from moectl.parity.case import Weights
-from moectl.parity.sizes import LETTERS
 
 #: An expression, or a function of the weights.
 Source = str | Callable[[Weights], Tensor]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moectl.parity.shapes import as_heads, as_rope_table, as_sequence, unrepeated
+from moectl.parity.candidate.shapes import as_heads, as_rope_table, as_sequence, unrepeated
 
 B, S, H, G, P = 3, 5, 4, 2, 8
 HEADS = torch.arange(B * H * S * P).reshape(B, H, S, P)

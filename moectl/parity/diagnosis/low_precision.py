@@ -14,8 +14,8 @@ from dataclasses import replace
 import torch
 
 from moectl.parity.case import Case, Subject
+from moectl.parity.diagnosis.finding import Finding
 from moectl.parity.families import family_name
-from moectl.parity.finding import Finding
 from moectl.parity.formula import Formula
 from moectl.parity.hypotheses import HYPOTHESES
 from moectl.parity.reference import FormulaSubject

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moectl.parity.candidate.user_code import CandidateError
 from moectl.parity.case import Inputs, Level, Unsupported, positions_of
 from moectl.parity.formula import AttentionFormula
-from moectl.parity.user_code import CandidateError
 
 _MASKS = {"attention_mask", "mask", "attn_mask", "causal_mask", "padding_mask", "key_padding_mask", "token_mask",
           "src_mask", "pad_mask", "attention_bias", "input_mask"}  # fmt: skip

@@ -1,7 +1,7 @@
 """Which of a candidate's tensors is which canonical weight, guessed by names and shapes, and shown.
 
-A name gives the role (:mod:`moectl.parity.words`), the shape the orientation. Where a square tensor could be either
-way round, where two names claim one role, or where no name is known, nothing is guessed: it is listed.
+A name gives the role (:mod:`moectl.parity.candidate.words`), the shape the orientation. Where a square tensor
+could be either way round, where two names claim one role, or where no name is known, nothing is guessed: it is listed.
 
 Sizes: D hidden, F expert intermediate, E experts, H heads, G key/value heads, P head dimension, V vocabulary.
 """
@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moectl.parity.candidate.expressions import ExpressionError, Source, evaluate, unread
+from moectl.parity.candidate.roles import Named, named_tensors
+from moectl.parity.candidate.sizes import Piece, pieces_of, sizes_of
 from moectl.parity.case import Level
-from moectl.parity.expressions import ExpressionError, Source, evaluate, unread
 from moectl.parity.formula import Formula
-from moectl.parity.roles import Named, named_tensors
-from moectl.parity.sizes import Piece, pieces_of, sizes_of
 
 Shape = tuple[int, ...]
 

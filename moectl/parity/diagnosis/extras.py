@@ -10,10 +10,10 @@ import torch
 
 from moectl.errors import MoectlError
 from moectl.parity.case import Case, Subject, Unsupported
-from moectl.parity.finding import Finding
+from moectl.parity.diagnosis.finding import Finding
+from moectl.parity.diagnosis.trials import Bench
 from moectl.parity.hypotheses import NOTHING
 from moectl.parity.tape import Tape, model_order
-from moectl.parity.trials import Bench
 
 _KINDS: tuple[tuple[tuple[str, ...], str, str, Callable[[str], bool]], ...] = (
     (("MOE005",), "biases where the family has none", "biases", lambda name: name.rpartition(".")[2].endswith("bias")),

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from moectl.parity.settings import Settings, UnknownSetting, setting_of
-from moectl.parity.user_code import CandidateError, Failure, attempt
+from moectl.parity.candidate.settings import Settings, UnknownSetting, setting_of
+from moectl.parity.candidate.user_code import CandidateError, Failure, attempt
 
 _CONFIG_NAMES = {"config", "cfg", "args", "conf", "params", "model_args", "hparams", "settings", "c", "opt", "hp"}
 _CONFIG_NAMES |= {"model_config", "moe_args", "model_cfg", "configuration", "moe_config", "moe_cfg", "opts"}

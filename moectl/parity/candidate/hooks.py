@@ -1,7 +1,7 @@
 """Recording what somebody's module computes inside, in the tape's names and shapes.
 
 Hooks sit on the submodules that the mapping identified and are gone when the context ends; what has no module is
-seen by :mod:`moectl.parity.watching`.
+seen by :mod:`moectl.parity.candidate.watching`.
 
 Shape suffixes: B batch, S sequence, T = B·S tokens, D hidden, H heads, G key/value heads, P head dimension,
 E experts, K experts per token.
@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moectl.parity.candidate.experts_again import every_expert
+from moectl.parity.candidate.outputs import Routed, RouterReading, main_output, routed, spread_out, tensors_in
+from moectl.parity.candidate.pieces import Pieces
+from moectl.parity.candidate.rotary import rotary_functions, rotary_modules
+from moectl.parity.candidate.shapes import Orientations, as_heads, as_rope_table, as_sequence, unrepeated
+from moectl.parity.candidate.user_code import AdapterError
+from moectl.parity.candidate.watching import Routing, Watch
+from moectl.parity.candidate.wiring import LayerWiring, Wiring
 from moectl.parity.case import Reroute, Unsupported
-from moectl.parity.experts_again import every_expert
 from moectl.parity.formula import Formula
-from moectl.parity.outputs import Routed, RouterReading, main_output, routed, spread_out, tensors_in
-from moectl.parity.pieces import Pieces
-from moectl.parity.rotary import rotary_functions, rotary_modules
-from moectl.parity.shapes import Orientations, as_heads, as_rope_table, as_sequence, unrepeated
-from moectl.parity.user_code import AdapterError
-from moectl.parity.watching import Routing, Watch
-from moectl.parity.wiring import LayerWiring, Wiring
 
 
 @dataclass
