@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
 from moectl import __version__
-from moectl.cli.boundary import guard
+from moectl.cli.boundary import guard, interruptible
 from moectl.cli.output import out
 from moectl.errors import ConfigError, did_you_mean, unknown
 
@@ -163,9 +164,11 @@ def _register(root: Typer, name: str) -> list[str]:
     summary = next(command.help for command in COMMANDS if command.name == name)
     group = getattr(module, "app", None)
     if group is None:
-        function: Callable[..., object] = module.command
+        function: Callable[..., object] = interruptible(module.command)
         root.command(name, help=function.__doc__ or summary)(function)
         return []
+    for info in group.registered_commands:
+        info.callback = None if info.callback is None else interruptible(inspect.unwrap(info.callback))
     root.add_typer(group, name=name, help=group.info.help or summary)
     return [
         info.name or info.callback.__name__.replace("_", "-")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import sys
 import traceback
@@ -27,6 +28,23 @@ _EXTRAS = {
 }
 
 
+class Interrupted(BaseException):
+    """Ctrl-C inside a command, with what to say of it. Typer makes a silent exit code of KeyboardInterrupt."""
+
+
+def interruptible(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with its KeyboardInterrupt raised as :class:`Interrupted`."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except KeyboardInterrupt as error:
+            raise Interrupted("interrupted") from error
+
+    return run
+
+
 def debugging() -> bool:
     """Whether tracebacks were asked for (``MOECTL_DEBUG``; ``--debug`` sets it)."""
     return os.environ.get("MOECTL_DEBUG", "").lower() not in ("", "0", "false", "no")
@@ -41,9 +59,9 @@ def guard(action: Callable[[], Any]) -> int:
         result = action()
         sys.stdout.flush()
         return result if isinstance(result, int) and not isinstance(result, bool) else 0
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted) as error:
         _trace()
-        out().say("interrupted")
+        out().say(str(error) or "interrupted")
         return INTERRUPTED
     except SystemExit as stop:
         if _is_broken_pipe(stop.__context__):  # Typer turns EPIPE into SystemExit(1)

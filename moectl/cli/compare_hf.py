@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moectl.cli.boundary import Interrupted
 from moectl.cli.output import UNWRAPPED, out
 
 if TYPE_CHECKING:
@@ -86,9 +87,8 @@ def _compare(request: Any, *, everything: bool, json_: bool) -> None:
     try:
         with out().progress("comparing") as bar:
             report = compare_hf(request, progress=bar)
-    except KeyboardInterrupt:  # Typer makes a silent exit code of it
-        out().say("interrupted: nothing was decided")
-        raise
+    except KeyboardInterrupt as error:
+        raise Interrupted("interrupted: nothing was decided") from error
     if json_:
         out().data(report.to_json())
     else:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,6 +64,18 @@ def test_what_an_action_returns(value: object, code: int) -> None:
 def test_interrupt_is_130(capsys: Capture) -> None:
     assert guard(failing(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_an_interrupt_inside_a_command_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of a real command of a group, which Typer alone would end without a word."""
+    monkeypatch.setenv("MOECTL_HOME", str(tmp_path))
+    code = (
+        "import signal, sys\nfrom moectl import paths\nfrom moectl.cli.app import main\n"
+        "paths.runs_dir = lambda: signal.raise_signal(signal.SIGINT)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\nsys.exit(main(['runs', 'ls']))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr.strip(), ended.stdout) == (130, "interrupted", "")
 
 
 @pytest.mark.parametrize(("code", "expected"), [(None, 0), (0, 0), (3, 3), ("text", 1)])
