@@ -56,6 +56,10 @@ def runs_dir() -> Path:
     return home() / "runs"
 
 
+def groups_dir() -> Path:
+    return home() / "groups"
+
+
 def registry_path() -> Path:
     return home() / "registry.db"
 

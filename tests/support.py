@@ -48,3 +48,8 @@ def tiny_shape(vocab_size: int, moe: MoEConfig | None) -> DecoderConfig:
         head_dim=8,
     )
     return shape.with_moe(moe)
+
+
+def of_the_clock(metric: str) -> bool:
+    """Whether a metric is a time or made of one: no two runs agree in it."""
+    return "per_second" in metric or metric == "train/mfu" or metric.startswith("time/")

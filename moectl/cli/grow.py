@@ -20,13 +20,16 @@ def command(
     add: Annotated[
         int, typer.Option(metavar="N", help="N new experts, copies that nobody visits before the next step.")
     ] = 0,
-    noise: Annotated[float, typer.Option(help="Of added experts, in standard deviations of each matrix.")] = 1e-3,
-    seed: Annotated[int, typer.Option(min=0, help="Of that noise.")] = 0,
+    noise: Annotated[
+        float, typer.Option(help="In standard deviations: of added experts; of copies, where it cancels in their sum.")
+    ] = 1e-3,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of that noise.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the receipt as one JSON document.")] = False,
 ) -> None:
     """Give a Mixture of Experts more experts, without changing what it computes.
 
-    The logits are compared before and after; if they differ by more than rounding, nothing is written.
+    The logits of a float32 and a float64 copy are compared before and after; if they differ by more than rounding,
+    nothing is written. What the model's own dtype rounds is printed beside.
     Train on from the new folder: moectl train --base DIR.
 
     Examples: --times 2 (16 experts out of 8), --times 2 --parts (of half the size each), --add 4.

@@ -111,6 +111,11 @@ class Output:
         text = obj if isinstance(obj, str) else json.dumps(to_jsonable(obj), indent=2, ensure_ascii=False)
         sys.stdout.write(text if text.endswith("\n") else text + "\n")
 
+    def stream(self, text: str) -> None:
+        """Write a piece of text as it is, at once."""
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
     def table(
         self,
         title: str | None,

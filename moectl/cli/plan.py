@@ -11,6 +11,7 @@ from moectl.cli.output import out
 
 if TYPE_CHECKING:
     from moectl.planning.budget import Cost
+    from moectl.planning.match_dense import Matching
     from moectl.planning.plan import Plan
 
 _PARTS = {"mlp": "dense MLPs", "head": "output head", "router": "routers"}
@@ -23,7 +24,7 @@ def command(
     preset: Annotated[str | None, typer.Option(help="dense, moe, no-lb or top2.")] = None,
     data: Annotated[str | None, typer.Option(help="A prepared dataset; default: as train takes it.")] = None,
     device: Annotated[
-        list[str] | None, typer.Option(help="For this device (H100, L4, ..., here); may be repeated.")
+        list[str] | None, typer.Option(help="For this device (H100, L4, ..., here, cpu, cuda); may be repeated.")
     ] = None,
     price_per_hour: Annotated[float | None, typer.Option(help="US dollars, in place of the devices' own.")] = None,
     match_dense: Annotated[
@@ -43,7 +44,9 @@ def command(
     from moectl.config.loading import load_config
 
     loaded = load_config(config, sets=sets or (), preset=preset)
-    match = match_dense if granularity is None else granularity
+    from moectl.planning.match_dense import Matching
+
+    match = Matching(granularity) if match_dense or granularity is not None else None
     show(loaded, data, devices=device or (), price=price_per_hour, match=match, as_json=as_json)
 
 
@@ -53,7 +56,7 @@ def show(
     *,
     devices: Sequence[str] = (),
     price: float | None = None,
-    match: int | bool = False,
+    match: Matching | None = None,
     as_json: bool = False,
 ) -> None:
     """Plan, and print the plan."""
@@ -151,6 +154,9 @@ def _device_table(plan: Plan) -> None:
         "Training alone. Assumed rates want products that fill the device; small models have less: a few steps there"
         f"\ngive the measured rate. Prices are rough, of {prices_of()}: --price-per-hour has yours."
     )
+    for cost in plan.costs:
+        if cost.computed_as is not None:
+            note += f"\n{cost.device.name} computes {plan.config.train.precision} as {cost.computed_as}."
     out().table(None, ["device", "tokens/s", "from", "time", "$/h", "$", "memory"], rows, caption=note)
 
 

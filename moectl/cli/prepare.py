@@ -20,7 +20,8 @@ def command(
         typer.Option(help="sample, hub, hub:OWNER/NAME, a folder, or a .jsonl or .parquet file."),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="bpe:SIZE trains one; else a tokenizer.json or a folder with one.")
+        str | None,
+        typer.Option(help="bpe:SIZE trains one; else a tokenizer.json, a folder with one, or a base: smollm2."),
     ] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens per block.")] = None,
     balance_tokens: Annotated[
@@ -33,7 +34,8 @@ def command(
 ) -> None:
     """Split, tokenize and pack raw text into an immutable dataset.
 
-    The same text and settings give the same dataset: a second call finds it and does nothing.
+    The same text and settings give the same dataset: a second call finds it and does nothing. A config whose model
+    starts from a trained base (model.base) and names no tokenizer gets the base's.
     """
     from moectl.config.loading import load_config
     from moectl.corpus.prepare import prepare
@@ -48,7 +50,12 @@ def command(
         "seed": seed,
     }
     overrides: dict[str, Any] = {f"data.{key}": value for key, value in given.items() if value is not None}
-    data = load_config(config, sets=sets or (), overrides=overrides).data
+    loaded = load_config(config, sets=sets or (), overrides=overrides)
+    data = loaded.data
+    if "base" in loaded.model.model_fields_set:  # a trained one brings its tokenizer
+        from moectl.walk.data import data_config
+
+        data = data_config(loaded, out().say)
     result = prepare(data, progress=out().say)
     if as_json:
         out().data(_document(result))

@@ -18,6 +18,7 @@ def ls(
         str | None, typer.Option(help="running, finished, interrupted, collapsed, failed or lost.")
     ] = None,
     router: Annotated[str | None, typer.Option(help="Only runs with this router.")] = None,
+    group: Annotated[str | None, typer.Option(help="Only runs of this group (of an ablation).")] = None,
     limit: Annotated[int | None, typer.Option("--limit", "-n", min=1, help="Only so many, the newest.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -29,14 +30,14 @@ def ls(
 
     if status is not None and status not in STATUSES:
         raise unknown("status", status, STATUSES)
-    entries, warnings = list_runs(status=status, router=router, limit=limit)
+    entries, warnings = list_runs(status=status, router=router, group=group, limit=limit)
     for warning in warnings:
         out().warn(warning)
     if as_json:
         out().data({"runs": [entry.to_dict() for entry in entries]})
     elif entries:
         out().render(runs_view.listing(entries), piped_width=UNWRAPPED)
-    elif status or router:
+    elif status or router or group:
         out().say("No run fits.")
     else:
         out().say("There is no run yet. `moectl train` makes one; `moectl quickstart` takes the whole walk.")
@@ -63,18 +64,33 @@ def show(
 
 @app.command("compare")
 def compare(
-    runs: Annotated[list[str], typer.Argument(help="Two runs or more; the first is the baseline.")],
+    runs: Annotated[list[str] | None, typer.Argument(help="Two runs or more; the first is the baseline.")] = None,
+    group: Annotated[
+        str | None, typer.Option(help="All runs of this group; its first variant is the baseline.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare runs on pure LM loss, at equal tokens; seeds of one configuration are taken together.
 
-    Says no run is better where tokens, data, eval set or loss definition differ, or from one seed.
+    Each configuration is held against the first at the last evaluation that both have, so that one which
+    stopped early is compared at the tokens it reached. Says no run is better where tokens, data, eval set or
+    loss definition differ, or from one seed.
     """
     from moectl.cli import runs_view
+    from moectl.errors import ConfigError
     from moectl.runs.compare import compare as compare_runs
     from moectl.runs.find import find_run
+    from moectl.runs.groups import evaluated
 
-    result = compare_runs([find_run(run) for run in runs])
+    if not runs and group is None:
+        raise ConfigError("which runs?", "moectl runs compare RUN OTHER [...], or --group GROUP")
+    folders = [find_run(run) for run in runs or []]
+    if group is not None:
+        found, without = evaluated(group)
+        folders += found
+        for id in without:
+            out().warn(f"{id} has not been evaluated yet, and is left out")
+    result = compare_runs(folders)
     if as_json:
         out().data(result.to_dict())
     else:

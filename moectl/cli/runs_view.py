@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from moectl.marks import marked
-from moectl.runs.compare import Comparison, Configuration
+from moectl.runs.compare import Comparison
 from moectl.runs.entry import Entry
+from moectl.runs.intervals import MeanInterval
 
 _STATUS = {"finished": "green", "running": "cyan", "interrupted": "yellow", "lost": "yellow"}
 _NUMBERS = frozenset({"seed", "seeds", "steps", "tokens", "LM loss", "mean"})
@@ -64,7 +65,7 @@ def description(found: Mapping[str, Any]) -> RenderableType:
                 "folder": f"{found['folder']} ({_compact(found['size_bytes'])}B)",
             },
         ),
-        ("What", take("kind", "preset", "router", "moe", "seed", "data", "base", "parameters")),
+        ("What", take("group", "kind", "preset", "router", "moe", "seed", "data", "base", "parameters")),
         (
             "Where from",
             {
@@ -81,7 +82,7 @@ def description(found: Mapping[str, Any]) -> RenderableType:
                 "tokens": found["tokens"],
                 **take("created", "started", "finished", "duration_s", "train_seconds", "gpu_seconds"),
                 "peak memory, MB": None if memory is None else round(memory / 1e6, 1),
-                **take("energy_j", "cost"),
+                **take("energy_j", "cost", "price_per_hour", "max_cost", "device_share"),
                 "checkpoints": ", ".join(found["checkpoints"]),
             },
         ),
@@ -99,17 +100,14 @@ def description(found: Mapping[str, Any]) -> RenderableType:
 
 
 def comparison(result: Comparison) -> RenderableType:
-    """``runs compare``: each run, each configuration, what differs, and what may be said."""
+    """``runs compare`` and the end of ``ablate``: each run, each configuration, what differs, what may be said."""
     place = "each at its own last evaluation"
     if result.at_tokens is not None:
         place = f"at {result.at_tokens:,} tokens, on {result.eval_set}"
-    runs = _table(["run", "configuration", "seed", "status", "tokens", "LM loss", "commit"])
-    for row in result.runs:
-        commit = _commit(row["commit"], row["dirty"])
-        cells = (row["id"], row["configuration"], row["seed"], row["status"], f"{row['at_tokens']:,}")
-        _add(runs, *cells, _loss(row["eval_lm_loss"], row["marks"]), commit)
-    parts: list[RenderableType] = [_title(f"LM loss in nats per token, {place}"), runs]
-    parts += [_title("By configuration"), _configurations(result.configurations)]
+        if len({group.at_tokens for group in result.configurations}) > 1:
+            place = "each configuration at the last evaluation that it shares with the first"
+    parts: list[RenderableType] = [_title(f"LM loss in nats per token, {place}"), _compared_runs(result)]
+    parts += [_title("By configuration"), _configurations(result)]
     if result.config_differences and len(result.configurations) > 1:
         labels = [group.label for group in result.configurations]
         differences = _table(["key", *labels])
@@ -128,16 +126,59 @@ def comparison(result: Comparison) -> RenderableType:
     return Group(*parts)
 
 
-def _configurations(groups: Sequence[Configuration]) -> Table:
+def _compared_runs(result: Comparison) -> Table:
+    priced = any(row["cost"] is not None for row in result.runs)
+    columns = ["run", "configuration", "seed", "status", "tokens", "LM loss", "time", *["$"] * priced, "commit"]
+    runs = _table(columns, numbers=["time", "$"])
+    for row in result.runs:
+        status = row["status"] if row["counted"] else f"{row['status']}, not counted"
+        cells = (row["id"], row["configuration"], row["seed"], status, f"{row['at_tokens']:,}")
+        cost = [_dollars(row["cost"])] if priced else []
+        loss, time = _loss(row["eval_lm_loss"], row["marks"]), _duration(row["duration_s"])
+        _add(runs, *cells, loss, time, *cost, _commit(row["commit"], row["dirty"]))
+    return runs
+
+
+def _configurations(result: Comparison) -> Table:
+    groups = result.configurations
     domains = sorted({domain for group in groups for domain in group.domains})
-    table = _table(["configuration", "seeds", "mean", "95 % interval", *domains], numbers=domains)
+    against = {verdict.other: verdict for verdict in result.verdicts}
+    priced = any(group.cost is not None for group in groups)
+    columns = ["configuration", "seeds", "mean", "95 % interval", *(["− first", "95 %"] if against else []), *domains]
+    columns += ["at tokens", "tokens/s", "time", *(["$"] if priced else []), "stopped early"]
+    table = _table(columns, numbers=[*domains, "− first", "at tokens", "tokens/s", "time", "$"])
     for group in groups:
-        interval = "one seed"
-        if group.loss.low is not None and group.loss.high is not None:
-            interval = f"{group.loss.low:.4f} to {group.loss.high:.4f}"
+        difference: list[str | None] = []
+        if against:
+            verdict = against.get(group.label)
+            interval = None if verdict is None else verdict.difference
+            difference = [None if interval is None else f"{interval.mean:+.4f}", _between(interval, "+.4f")]
         per_domain = [_loss(group.domains.get(name), group.marks) for name in domains]
-        _add(table, group.label, group.loss.n, _loss(group.loss.mean, group.marks), interval, *per_domain)
+        at = None if group.at_tokens is None else f"{group.at_tokens:,}"
+        speed = None if group.tokens_per_second is None else f"{group.tokens_per_second:,.0f}"
+        cost = [_dollars(group.cost)] if priced else []
+        early = f"{len(group.stopped_early)} of {len(group.runs)}" if group.stopped_early else None
+        own = [group.loss.n, _loss(group.loss.mean, group.marks), _between(group.loss, ".4f")]
+        _add(table, group.label, *own, *difference, *per_domain, at, speed, _duration(group.duration_s), *cost, early)
     return table
+
+
+def _between(interval: MeanInterval | None, form: str) -> str | None:
+    if interval is None:
+        return None
+    if interval.low is None or interval.high is None:
+        return "one seed" if interval.n < 2 else None
+    return f"{interval.low:{form}} to {interval.high:{form}}"
+
+
+def _dollars(cost: float | None) -> str | None:
+    return None if cost is None else f"{cost:.2f}" if cost >= 0.995 else f"{cost:.2g}"
+
+
+def _duration(seconds: float | None) -> str | None:
+    from moectl.cli.plan import duration
+
+    return None if seconds is None else duration(seconds)
 
 
 def _table(columns: Sequence[str], numbers: Iterable[str] = (), wrapped: str | None = None) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -25,7 +25,10 @@ def command(
     router: Annotated[str | None, typer.Option(help="Router: a name (moectl routers ls) or path.py:Class.")] = None,
     preset: Annotated[str | None, typer.Option(help="dense, moe, no-lb or top2.")] = None,
     data: Annotated[str | None, typer.Option(help="A prepared dataset; default: the newest, else the sample.")] = None,
-    base: Annotated[str | None, typer.Option(help="A size (tiny, mini, small, base), or a run to start from.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="tiny, mini, small or base, from scratch; or a run, a folder, a .gguf, a hub id, smollm2."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, noise and data order.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
@@ -46,6 +49,22 @@ def command(
         bool | None,
         typer.Option("--allow-noncausal", help="Train where later tokens change earlier outputs; marks every number."),
     ] = None,
+    freeze: Annotated[
+        list[str] | None, typer.Option(help="Keep as it is: router, experts or dense (all the rest); several allowed.")
+    ] = None,
+    train_experts: Annotated[
+        str | None, typer.Option(metavar="0,3", help="Of all experts only these move, in every MoE layer.")
+    ] = None,
+    lora: Annotated[
+        int | None, typer.Option(metavar="RANK", help="Train low-rank adapters alone, of attention and experts.")
+    ] = None,
+    price_per_hour: Annotated[
+        float | None, typer.Option(help="US dollars for this device: what the run costs is recorded.")
+    ] = None,
+    max_cost: Annotated[
+        float | None,
+        typer.Option(help="US dollars, all sittings together: used up, the run ends with a checkpoint to go on from."),
+    ] = None,
     commit: Annotated[str | None, typer.Option(help="Record this commit instead of asking git.")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any config key.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Train nothing; say what it would take (plan).")] = False,
@@ -65,16 +84,30 @@ def command(
         "train.threads": threads,
         "train.deterministic": deterministic,
         "train.allow_noncausal": allow_noncausal,
+        "finetune.freeze": ",".join(freeze) if freeze else None,
+        "finetune.train_experts": train_experts,
+        "finetune.lora.rank": lora,
         "name": name,
     }
+    from moectl.walk.budget import Terms
+
     overrides = {key: value for key, value in given.items() if value is not None}
+    terms = Terms(price_per_hour, max_cost)
+    terms.check(remembered=resume is not None)
     if dry_run:
-        return _plan(config, sets or [], overrides, preset, resume, data=data, as_json=as_json)
+        asked = _Plan(data, price_per_hour, as_json)
+        return _plan(config, sets or [], overrides, preset, resume, asked)
     with out().progress("train") as bar:
-        request = _request(data, commit, bar)
+        request = replace(_request(data, commit, bar), terms=terms)
         outcome = _outcome(config, sets or [], overrides, preset, resume, request)
     out().data(_document(outcome)) if as_json else _report(outcome)
     return outcome.exit_code
+
+
+class _Plan(NamedTuple):
+    data: str | None
+    price: float | None
+    as_json: bool
 
 
 def _outcome(
@@ -104,15 +137,13 @@ def _plan(
     overrides: Mapping[str, Any],
     preset: str | None,
     resume: str | None,
-    *,
-    data: str | None,
-    as_json: bool,
+    asked: _Plan,
 ) -> int:
     from moectl.cli.plan import show
 
     if resume is not None:
         raise ConfigError("--dry-run does not go with --resume", "A resumed run keeps its plan: moectl runs show RUN.")
-    show(_load(path, sets, overrides, preset), data, as_json=as_json)
+    show(_load(path, sets, overrides, preset), asked.data, price=asked.price, as_json=asked.as_json)
     return 0
 
 
@@ -186,7 +217,8 @@ def _losses(metrics: Mapping[str, float], prefix: str) -> list[str | None]:
 
 def _next(outcome: RunOutcome) -> str:
     if outcome.status == "interrupted":
-        return f"moectl train --resume {outcome.id}"
+        more = " --max-cost MORE" if "budget" in outcome.reason else ""
+        return f"moectl train --resume {outcome.id}{more}"
     if outcome.status == "failed":
         return f"moectl runs show {outcome.id}, then a lower optim.lr or a longer optim.warmup_steps"
     if not any(name.startswith("balance/") for name in outcome.metrics):

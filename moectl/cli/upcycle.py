@@ -11,13 +11,15 @@ from moectl.cli.output import out
 
 
 def command(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="A local Hugging Face folder, a dense run, or a hub id.")],
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="A Hugging Face folder, a dense run, a .gguf, a hub id, smollm2.")
+    ],
     to: Annotated[Path, typer.Option("--out", metavar="DIR", help="The new folder; never an existing one.")],
     layers: Annotated[str | None, typer.Option("--moe-layers", help="all, last:4, every:2, or a list: 8,9,10.")] = None,
     experts: Annotated[int | None, typer.Option("--experts", help="Experts per layer; default: 8.")] = None,
     router: Annotated[str | None, typer.Option(help="A router's name; default: top1.")] = None,
     init: Annotated[str | None, typer.Option(help="copy, split, drop, random or experts-from; default: copy.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of gates, noise and redrawn neurons.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of gates, noise and redrawn neurons.")] = 0,
     sets: Annotated[list[str] | None, typer.Option("--set", help="A key of the moe section, as moe.KEY=VALUE.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the receipt as one JSON document.")] = False,
 ) -> None:
@@ -42,9 +44,10 @@ def command(
     assert config.moe is not None
 
     from moectl.routers import resolve_router
+    from moectl.walk.router_code import with_absolute_router
     from moectl.walk.upcycle import upcycle_to_folder
 
-    moe = resolve_router(config).moe
+    moe = resolve_router(with_absolute_router(config)).moe
     assert moe is not None
     receipt = upcycle_to_folder(base, to, moe, seed=seed, say=out().say)
     if as_json:

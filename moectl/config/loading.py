@@ -209,17 +209,21 @@ def _merge(base: Values, over: Mapping[str, Any], prefix: str) -> Values:
 
 
 def _section(name: str, value: Any) -> Any:
-    """``router: top2`` is short for ``router: {name: top2}``, ``capacity: 1.25`` for ``capacity: {factor: 1.25}``."""
+    """``router: top2`` is short for ``router: {name: top2}``, ``capacity: 1.25`` for ``capacity: {factor: 1.25}``,
+    ``lora: 8`` for ``lora: {rank: 8}``."""
     if name == "moe.router" and isinstance(value, str):
         return {"name": value}
     if name == "moe.capacity" and isinstance(value, (int, float)) and not isinstance(value, bool):
         return {"factor": value}
+    if name == "finetune.lora" and isinstance(value, (int, str)) and not isinstance(value, bool):
+        return {"rank": value}
     return value
 
 
 def _apply_preset(values: Values, name: str) -> Values:
     """A preset from the command line: above the file in what makes it what it is."""
     settings = preset_values(name)
+    _replace_router(values, ((settings.get("moe") or {}).get("router") or {}).get("name") if name != "moe" else None)
     if name == "moe":  # its numbers are only defaults; that there are experts at all is its essence
         values = _merge(settings, {key: v for key, v in values.items() if key != "moe" or v is not None}, "")
     else:

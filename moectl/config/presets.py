@@ -1,7 +1,7 @@
 """Named starting points. A preset says only what makes it what it is.
 
-Tokens, schedule, data order and seed are the same in all of them, so that runs of two presets over
-one config file can be compared.
+Tokens, learning-rate schedule and warm-up, data order, evaluation and seed are the same in all of them, so that
+runs of two presets over one config file can be compared.
 """
 
 from __future__ import annotations
@@ -16,9 +16,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dense": {"moe": None},
     # Eight experts, top-1, in the last four layers.
     "moe": {"moe": {"num_experts": 8, "router": {"name": "top1"}, "layers": "last:4"}},
-    # What happens without balancing: no balance loss, no exploration noise, stop once it has collapsed.
-    "no-lb": {"moe": {"lb_coef": 0.0, "router": {"noise_std": 0.0}}, "train": {"early_stop": True}},
-    "top2": {"moe": {"router": {"name": "top2"}}},
+    # What happens without balancing: no balance loss, no exploration noise, neither by a schedule; stop once it has
+    # collapsed.
+    "no-lb": {
+        "moe": {
+            "lb_coef": 0.0,
+            "balance_loss": ["switch"],
+            "router": {"noise_std": 0.0},
+            "schedule": {"lb_coef": None, "noise_std": None},
+        },
+        "train": {"early_stop": True},
+    },
+    # Two experts per token from the first step to the last.
+    "top2": {"moe": {"router": {"name": "top2"}, "schedule": {"top_k": None}}},
 }
 
 

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from moectl.config.distillation import DistillConfig as DistillConfig
+from moectl.config.finetuning import FinetuneConfig as FinetuneConfig
 from moectl.config.guards import CollapseConfig as CollapseConfig
-from moectl.config.guards import SpikeConfig
 from moectl.config.schedule import ScheduleConfig
 from moectl.config.settings import Beta as Beta
 from moectl.config.settings import Fraction as Fraction
@@ -21,6 +22,8 @@ from moectl.config.settings import Positive as Positive
 from moectl.config.settings import PositiveInt as PositiveInt
 from moectl.config.settings import Seed as Seed
 from moectl.config.settings import Settings as Settings
+from moectl.config.training import OptimConfig as OptimConfig
+from moectl.config.training import TrainConfig as TrainConfig
 from moectl.config.upcycling import UpcyclingSettings
 from moectl.errors import did_you_mean
 from moectl.paths import check_name
@@ -54,12 +57,16 @@ class DataConfig(Settings):
 
 
 class ModelConfig(Settings):
-    """The base: one of our decoder's sizes (from scratch) or a run/checkpoint to start from.
+    """The base: one of our decoder's sizes (from scratch), or a trained model to start from.
 
-    The optional fields override the size's own; they are refused for a run or checkpoint.
+    The optional fields override the size's own; they are refused for a trained model.
     """
 
-    base: str = Field("tiny", description="tiny, small, ... (from scratch), or a run whose weights to start from")
+    base: str = Field(
+        "tiny",
+        description="tiny, mini, small, base (from scratch); or whose weights to start from: a run, a Hugging Face"
+        " folder, a folder of moectl upcycle, a .gguf file, a hub id, smollm2",
+    )
     num_layers: PositiveInt | None = None
     hidden_size: PositiveInt | None = None
     intermediate_size: PositiveInt | None = None
@@ -240,57 +247,6 @@ def _refuse_other_end(key: str, end: float, own: str, value: float) -> None:
         raise ValueError(f"moe.schedule.{key} ends at {end:g}, but {own} is {value:g}: let them agree")
 
 
-class OptimConfig(Settings):
-    """AdamW; weight decay never touches routers, norms and embeddings."""
-
-    lr: Positive = 3e-3
-    router_lr: Positive | None = Field(None, description="default: lr")
-    expert_lr: Positive | None = Field(None, description="default: lr")
-    weight_decay: NonNegative = 0.1
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: Positive = 1e-8
-    grad_clip: Positive | None = 1.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 50
-    schedule: Literal["cosine", "constant"] = "cosine"
-    min_lr_ratio: Fraction = 0.1
-
-
-class TrainConfig(Settings):
-    """The loop. A step is one optimizer step over ``batch_size · grad_accum`` blocks."""
-
-    steps: PositiveInt = 600
-    batch_size: PositiveInt = Field(16, description="blocks per micro-batch")
-    grad_accum: PositiveInt = 1
-    seed: Seed = 0
-    device: str = "auto"
-    precision: Literal["float32", "bfloat16", "float64"] = "float32"
-    threads: PositiveInt | None = Field(None, description="CPU threads; default: torch's own")
-    deterministic: bool = False
-    log_every: PositiveInt = 10
-    eval_every: PositiveInt = 200
-    check_every: PositiveInt = Field(50, description="steps between collapse checks")
-    checkpoint_every: PositiveInt = 200
-    keep_checkpoints: PositiveInt = Field(2, description="the newest so many are kept, and that of step 0")
-    keep_best: bool = Field(
-        True, description="keep that of the lowest held-out LM loss too; an evaluation that sets it saves one"
-    )
-    early_stop: bool = Field(False, description="end the run, with exit code 3, when a layer has collapsed")
-    collapse: CollapseConfig = CollapseConfig()
-    spike: SpikeConfig = Field(SpikeConfig(), description="what a sudden jump of the LM loss is answered with")
-    halve_on_oom: bool = Field(
-        False,
-        description="out of memory: go on with half the micro-batch, twice as many of them (same tokens per step)",
-    )
-    allow_noncausal: bool = Field(
-        False, description="train where later tokens change earlier outputs; every metric then carries a mark"
-    )
-
-    @field_validator("spike", mode="before")
-    @classmethod
-    def _spike(cls, value: Any) -> Any:
-        return {"action": value} if isinstance(value, (str, bool)) else value
-
-
 class EvalConfig(Settings):
     """Held-out evaluation; ``max_blocks`` bounds the periodic one during training, never the final one."""
 
@@ -309,6 +265,8 @@ class ExperimentConfig(Settings):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+    finetune: FinetuneConfig = Field(FinetuneConfig(), description="what stays as it is; default: nothing")
+    distill: DistillConfig | None = Field(None, description="a teacher; default: none")
 
     @field_validator("name")
     @classmethod
@@ -322,4 +280,13 @@ class ExperimentConfig(Settings):
                 f"optim.warmup_steps ({self.optim.warmup_steps}) must be below train.steps ({self.train.steps}):"
                 f" shorten it with optim.warmup_steps={self.train.steps // 10}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _finetuning_fits(self) -> ExperimentConfig:
+        moe = self.moe
+        scheduled = () if moe is None else [key for key, value in moe.schedule if value is not None]
+        self.finetune.check(
+            has_experts=moe is not None, revives=moe is not None and moe.revive_dead, scheduled=scheduled
+        )
         return self

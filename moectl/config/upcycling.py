@@ -86,10 +86,17 @@ class UpcyclingSettings(Settings):
     def _check_split(self) -> None:
         if self.granularity is None:
             raise ValueError("moe.init split needs moe.granularity, the number of parts of the dense MLP (4, say)")
-        if self.num_experts % self.granularity:
+        shared = int(getattr(self, "n_shared_experts", 0))
+        routed = self.granularity - shared
+        if routed < 1:
             raise ValueError(
-                f"moe.num_experts {self.num_experts} is no multiple of moe.granularity {self.granularity}: each group"
-                " of experts is one whole dense MLP"
+                f"moe.granularity {self.granularity} leaves no part to route: moe.n_shared_experts is {shared}"
+            )
+        if self.num_experts % routed:
+            less = f" less the {shared} shared" if shared else ""
+            raise ValueError(
+                f"moe.num_experts {self.num_experts} is no multiple of {routed}, which is moe.granularity{less}: each"
+                f" group of experts is one whole dense MLP{', with the shared ones' * (shared > 0)}"
             )
 
     def _check_experts_from(self) -> None:

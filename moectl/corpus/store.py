@@ -66,12 +66,18 @@ def touch(folder: Path) -> None:
         os.utime(folder, ns=(now, now))
 
 
-def _newest() -> Path:
+def datasets_by_age() -> list[Path]:
+    """The folders of all datasets under the home folder, the one that was prepared last first."""
     folders = [paths.data_dir() / dataset for dataset in dataset_ids()]
+    return sorted(folders, key=lambda folder: (folder.stat().st_mtime_ns, folder.name), reverse=True)
+
+
+def _newest() -> Path:
+    folders = datasets_by_age()
     if not folders:
         raise NotFoundError(f"there is no prepared dataset in {paths.data_dir()}", "Make one with 'moectl prepare'.")
     damaged: list[MoectlError] = []
-    for folder in sorted(folders, key=lambda folder: (folder.stat().st_mtime_ns, folder.name), reverse=True):
+    for folder in folders:
         try:
             verify(folder)
         except MoectlError as error:

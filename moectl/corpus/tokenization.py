@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from moectl.corpus.manifest import TOKENIZER_FILE
+from moectl.corpus.manifest import MANIFEST_FILE, TOKENIZER_FILE
 from moectl.errors import ConfigError, MoectlError, NotFoundError
 
 if TYPE_CHECKING:
@@ -45,11 +45,12 @@ class Encoded(NamedTuple):
 
 
 def parse_spec(spec: str) -> TokenizerSpec:
-    """Read ``bpe:SIZE`` or the path of a ``tokenizer.json`` or of a folder with one.
+    """Read ``bpe:SIZE``, the path of a ``tokenizer.json`` or of a folder with one, or the name of a base with one:
+    ``smollm2``, a GGUF file, an id on the hub.
 
     Raises:
         ConfigError: a size out of range, or something else altogether (exit 2).
-        NotFoundError: the path does not exist (exit 4).
+        NotFoundError: the path does not exist, or the base was not fetched (exit 4).
     """
     if spec.startswith("bpe:"):
         size = spec.removeprefix("bpe:")
@@ -60,7 +61,7 @@ def parse_spec(spec: str) -> TokenizerSpec:
                 "For example --tokenizer bpe:8192",
             )
         return TokenizerSpec(spec, f"bpe:{int(size)}", bpe_size=int(size))
-    path = Path(spec).expanduser()
+    path = _place(spec)
     file = path / TOKENIZER_FILE if path.is_dir() else path
     try:
         data = file.read_bytes()
@@ -71,8 +72,8 @@ def parse_spec(spec: str) -> TokenizerSpec:
         raise NotFoundError(f"there is no tokenizer at {file}", hint) from error
     except OSError as error:
         raise MoectlError(f"cannot read {file}: {error.strerror or error}", "Check its permissions.") from error
-    read_tokenizer(data, str(file))
-    return TokenizerSpec(spec, hashlib.sha256(data).hexdigest(), data=data, end=_configured_end(file.parent))
+    tokenizer = read_tokenizer(data, str(file))
+    return TokenizerSpec(spec, hashlib.sha256(data).hexdigest(), data=data, end=_configured_end(file.parent, tokenizer))
 
 
 def load_tokenizer(file: Path) -> Tokenizer:
@@ -197,11 +198,42 @@ def _for_texts(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def _configured_end(folder: Path) -> str | None:
-    try:
-        settings = json.loads((folder / "tokenizer_config.json").read_bytes())
-    except (OSError, ValueError):
-        return None
-    end = settings.get("eos_token") if isinstance(settings, dict) else None
+def _place(spec: str) -> Path:
+    """The path that a spec means; that of a base's folder where it names one."""
+    path = Path(spec).expanduser()
+    is_gguf = path.suffix == ".gguf"
+    if path.exists() and not is_gguf:
+        return path
+    from moectl.hf.bases import base_folder, known_bases  # which load torch: for names alone
+
+    is_id = spec.count("/") == 1 and path.suffix != ".json" and not spec.startswith((".", "~", "/"))
+    return base_folder(spec, weights=False) if spec in known_bases() or is_gguf or is_id else path
+
+
+def _configured_end(folder: Path, tokenizer: Tokenizer) -> str | None:
+    """The end-of-text token that is said beside a ``tokenizer.json``: by its own settings, by the manifest of a
+    dataset that was prepared with it, or by the config of its model."""
+    end = _read_json(folder / "tokenizer_config.json").get("eos_token")
     end = end.get("content") if isinstance(end, dict) else end
-    return end if isinstance(end, str) else None
+    if isinstance(end, str):
+        return end
+    config = _read_json(folder / "config.json")
+    for settings, key in (
+        (_read_json(folder / MANIFEST_FILE), "eos_id"),
+        (config, "eos_token_id"),
+        (config.get("config"), "eos_token_id"),  # of a folder that upcycling wrote
+        (config.get("decoder"), "eos_token_id"),
+    ):
+        number = settings.get(key) if isinstance(settings, dict) else None
+        number = number[0] if isinstance(number, list) and number else number
+        if isinstance(number, int) and (token := tokenizer.id_to_token(number)) is not None:
+            return str(token)
+    return None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

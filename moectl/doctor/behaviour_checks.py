@@ -127,6 +127,10 @@ def _with_padding(subject: Audited) -> tuple[Seen, dict[str, Seen]]:
         raise NotMade("chance alone changes its output in eval mode, so that padding cannot be blamed")
     if "padded" not in subject.kept:
         tokens = subject.tokens.rows(PADDING_ROWS)
+        most = getattr(subject.model, "max_length", None)
+        if most is not None and most <= PAD:
+            raise NotMade(f"the model has {most} positions: there is no room for {PAD} tokens of padding")
+        tokens = tokens if most is None else tokens.columns(most - PAD)
         with eval_mode(subject.model), seeded():
             plain = subject.look(tokens, torch.ones_like(tokens.input_ids).bool())
             padded = {side: _padded(subject, tokens, side) for side in ("left", "right")}

@@ -18,6 +18,7 @@ from moectl.corpus.loader import PackedDataset, targets
 from moectl.doctor.report import Finding
 from moectl.doctor.subject import Audited, Layer, Losses, Route, Seen, Tokens, Training, drawn_tokens
 from moectl.errors import CheckError, MoectlError, NotFoundError
+from moectl.hf.folder import with_kept_router
 from moectl.models.language_model import LanguageModel
 from moectl.moe.losses import BALANCE_LOSSES, layer_load, merged
 from moectl.routers import router_class
@@ -27,7 +28,6 @@ from moectl.training.routing import LOGGED, StepRouting
 from moectl.training.state import Checkpoint, checkpoint_steps, load_checkpoint, step_name
 from moectl.walk.data import dataset_of
 from moectl.walk.loading import model_from, run_config
-from moectl.walk.router_code import with_kept_router
 
 MAX_TOKENS = 4096
 DRAWN_ROWS, DRAWN_LENGTH = 16, 64
@@ -35,7 +35,7 @@ DRAWN_ROWS, DRAWN_LENGTH = 16, 64
 
 @dataclass
 class AuditedRun(Audited):
-    """A run's decoder, with its config's own losses."""
+    """A run's model, with its config's own losses."""
 
     moe: MoEConfig | None = None
 
@@ -156,14 +156,15 @@ def _model(checkpoint: Checkpoint, run: RunDir) -> LanguageModel:
 
 
 def _layers(model: LanguageModel) -> dict[int, Layer]:
+    names = {id(module): name for name, module in model.named_modules()}
     return {
         number: Layer(
             number=number,
             block=layer,
             router=layer.router,
             gate=layer.router.weight,
-            router_name=f"layers.{number}.mlp.router",
-            experts={f"layers.{number}.mlp.experts.{name}": p for name, p in layer.experts.named_parameters()},
+            router_name=f"{names[id(layer)]}.router",
+            experts={f"{names[id(layer)]}.experts.{name}": p for name, p in layer.experts.named_parameters()},
             top_k=layer.router.top_k,
             learns=layer.router.learns,
             limited=layer.capacity is not None and layer.capacity.in_eval,
@@ -211,8 +212,14 @@ def _training(
         built=[{**group, "params": [names[id(p)] for p in _parameters(group)]} for group in built],
         start=start,
         step=checkpoint.step,
-        copied=moe is not None and (moe.init == "copy" or (moe.init == "auto" and base == "run")),
+        copied=moe is not None and (moe.init == "copy" or (moe.init == "auto" and base in ("run", "hf"))),
         why=why,
+        frozen=_frozen_by_config(model, config),
+        frozen_experts={
+            number: set(range(count)) - {*config.finetune.trained_experts(number, count)}
+            for number, layer in model.moe_layers().items()
+            for count in [layer.experts.num_experts]
+        },
     )
 
 
@@ -225,3 +232,10 @@ def _keep_input(inputs: dict[int, Tensor], number: int) -> Any:
         inputs[number] = args[0].detach()
 
     return hook
+
+
+def _frozen_by_config(model: LanguageModel, config: ExperimentConfig) -> set[str]:
+    """Parameters that are not trained because the config says so; others that are not are a finding."""
+    if not config.finetune.active:
+        return set()
+    return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}

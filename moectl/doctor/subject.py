@@ -6,7 +6,7 @@ Shape suffixes: B batch, S sequence, T tokens, D hidden, E experts, K experts pe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -45,6 +45,11 @@ class Tokens(NamedTuple):
         """The first ``count`` rows."""
         cut = [None if t is None else t[:count] for t in (self.input_ids, self.labels, self.doc_ids, self.domain_ids)]
         return self._replace(input_ids=cut[0], labels=cut[1], doc_ids=cut[2], domain_ids=cut[3])  # type: ignore[arg-type]
+
+    def columns(self, count: int) -> Tokens:
+        """The first ``count`` tokens of each row."""
+        cut = [None if t is None else t[:, :count] for t in (self.input_ids, self.labels, self.doc_ids)]
+        return self._replace(input_ids=cut[0], labels=cut[1], doc_ids=cut[2])  # type: ignore[arg-type]
 
     def padded(self, left: int, right: int) -> tuple[Tokens, Tensor]:
         """With padding (token 0, of the neighbour's document), and the mask ``[B, S]`` of the real tokens."""
@@ -155,6 +160,8 @@ class Training:
         step: optimizer steps done; None where unknown.
         copied: whether the experts started as copies of a dense MLP.
         why: what to say of what is unknown.
+        frozen: parameters that the run's config keeps as they are.
+        frozen_experts: experts by layer whose rows it keeps, in tensors of which others move.
     """
 
     groups: Sequence[Mapping[str, Any]] | None = None
@@ -163,6 +170,8 @@ class Training:
     step: int | None = None
     copied: bool = False
     why: str = ""
+    frozen: Collection[str] = ()
+    frozen_experts: Mapping[int, Collection[int]] = field(default_factory=dict)
 
 
 @dataclass

@@ -202,7 +202,8 @@ def trainable(subject: Audited) -> Checked:
     """Every part that should learn is in the optimizer, and has moved (MOE059)."""
     training = subject.training
     fixed = {n for layer in subject.layers.values() if not layer.learns for n in layer.router_parameters()}
-    parameters = {name: p for name, p in subject.model.named_parameters() if name not in fixed}
+    kept = {name: p for name, p in subject.model.named_parameters() if name in training.frozen}
+    parameters = {n: p for n, p in subject.model.named_parameters() if n not in fixed and n not in kept}
     problems = {name: "requires_grad is False" for name, p in parameters.items() if not p.requires_grad}
     if training.groups is not None:
         known = {name for group in training.groups for name in group["params"]}
@@ -215,8 +216,12 @@ def trainable(subject: Audited) -> Checked:
         Finding("MOE059", "problem", number, f"{what}: {listed(names)}", _TODO)
         for (what, number), names in _grouped(problems).items()
     ]
-    findings += _still_experts(subject, set(still))
+    moved = [name for name, p in kept.items() if name in (training.start or {}) and not _still(subject, name, p)]
+    if moved:
+        findings.append(Finding("MOE059", "problem", None, f"frozen by the config, but moved: {listed(moved)}", _TODO))
+    findings += _still_experts(subject, {*still, *kept})
     made = [f"{len(parameters)} parameter tensors"]
+    made += [f"{len(kept)} frozen by the config"] if kept else []
     made += [] if training.groups is None else ["all in the optimizer" if not problems else "see the findings"]
     made += ["compared with step 0"] if training.start is not None else [f"not compared with step 0: {training.why}"]
     return ", ".join(made), findings
@@ -245,7 +250,8 @@ def _still_experts(subject: Audited, whole: set[str]) -> list[Finding]:
         same = [(at_least_float32(start[n]) == layer.experts[n].detach()).flatten(1).all(1) for n in names]
         if not same:
             continue
-        frozen = [int(expert) for expert in torch.stack(same).all(0).nonzero().flatten()]
+        equal = [int(expert) for expert in torch.stack(same).all(0).nonzero().flatten()]
+        frozen = [expert for expert in equal if expert not in subject.training.frozen_experts.get(number, ())]
         if frozen:
             seen = f"experts {listed(frozen)} are {_unmoved(subject)}"
             findings.append(Finding("MOE059", "problem", number, seen, _TODO))

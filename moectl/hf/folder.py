@@ -7,23 +7,22 @@ transformers refuses the folder instead of loading it without its experts.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moectl.config.schema import MoEConfig
-from moectl.errors import CheckError, ConfigError, MoectlError, NotFoundError
+from moectl.errors import CheckError, MoectlError, NotFoundError
 from moectl.hf.dense import family_of
 from moectl.hf.language_model import HFLanguageModel
+from moectl.hf.new_folder import new_folder
 from moectl.hf.refusals import quiet_transformers
 from moectl.hf.upcycle import install, new_layer
 from moectl.models.config import DecoderConfig
@@ -31,33 +30,32 @@ from moectl.models.decoder import Decoder
 from moectl.models.language_model import LanguageModel
 
 CONFIG, WEIGHTS, RECEIPT, MANIFEST = "config.json", "model.safetensors", "receipt.json", "manifest.json"
+ROUTER = "router.py"
 MODEL_TYPE = "moectl_upcycled"
 FORMAT = 1
 
 
-def refuse_existing(folder: Path) -> None:
-    """Raises ConfigError unless nothing is there yet: nothing is ever overwritten."""
-    if folder.exists() or folder.is_symlink():
-        raise ConfigError(f"{folder} exists already", "Nothing is overwritten: name another folder (--out).")
-
-
-def save_folder(model: LanguageModel, folder: Path, *, receipt: Mapping[str, Any], beside: Iterable[Path] = ()) -> None:
+def save_folder(
+    model: LanguageModel,
+    folder: Path,
+    *,
+    receipt: Mapping[str, Any],
+    beside: Iterable[Path] = (),
+    router: Path | None = None,
+) -> None:
     """Write a model as a new folder; on any failure nothing of it stays.
 
     Args:
         receipt: as JSON.
         beside: files to be copied in, such as those of the tokenizer.
+        router: the file that its router comes from, if any; the folder then brings it.
 
     Raises:
         ConfigError: the folder exists.
         MoectlError: it cannot be written.
     """
-    refuse_existing(folder)
-    tensors, aliases = _unique(_inner(model).state_dict())
-    temporary = folder.with_name(f".tmp-{folder.name}-{secrets.token_hex(4)}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
+    with new_folder(folder) as temporary:
+        tensors, aliases = _unique(_inner(model).state_dict())
         _write_json(temporary / CONFIG, {"model_type": MODEL_TYPE, **model.describe(), "aliases": aliases})
         mode = (temporary / CONFIG).stat().st_mode
         _write_json(temporary / RECEIPT, receipt)
@@ -65,17 +63,10 @@ def save_folder(model: LanguageModel, folder: Path, *, receipt: Mapping[str, Any
         (temporary / WEIGHTS).chmod(mode)  # safetensors makes files that only their owner can read
         for file in beside:
             shutil.copyfile(file, temporary / file.name)
+        if router is not None:
+            shutil.copyfile(router, temporary / ROUTER)
         files = {file.name: _describe(file) for file in sorted(temporary.iterdir())}
         _write_json(temporary / MANIFEST, {"format": FORMAT, "files": files})
-        for path in (*temporary.iterdir(), temporary):
-            _fsync(path)
-        refuse_existing(folder)
-        temporary.rename(folder)
-        _fsync(folder.parent)
-    except (OSError, SafetensorError) as error:
-        raise MoectlError(f"cannot write {folder}: {error}", "Check the disk, or name another folder.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def is_folder(folder: Path) -> bool:
@@ -87,8 +78,47 @@ def is_folder(folder: Path) -> bool:
     return isinstance(plain, dict) and plain.get("model_type") == MODEL_TYPE
 
 
-def load_folder(folder: Path) -> LanguageModel:
+def read_description(folder: Path) -> dict[str, Any]:
+    """What :meth:`LanguageModel.describe` said of a folder's model, its router from the folder's own copy.
+
+    Raises:
+        CheckError: the folder's config.json is damaged.
+    """
+    try:
+        plain = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return with_kept_router(plain, folder)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckError(f"{folder / CONFIG} is damaged: {error!r}", "Make the folder again.") from error
+
+
+def with_kept_router(description: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What :meth:`LanguageModel.describe` said, with a router that came from a file read from the copy in ``folder``,
+    whatever that file says today."""
+    described = copy.deepcopy(dict(description))
+    moe = _architecture(described)["moe"]
+    kept = folder / ROUTER
+    if moe is not None and ".py:" in moe["router"]["name"] and kept.is_file():
+        moe["router"]["name"] = f"{kept.resolve()}:{moe['router']['name'].rpartition(':')[2]}"
+    return described
+
+
+def with_moe(description: Mapping[str, Any], moe: MoEConfig) -> dict[str, Any]:
+    """The description of the same model with other settings of its experts; its weights stay what they are."""
+    described = copy.deepcopy(dict(description))
+    _architecture(described)["moe"] = moe.model_dump(mode="json")
+    return described
+
+
+def _architecture(described: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = described["decoder"] if described["kind"] == "decoder" else described
+    return found
+
+
+def load_folder(folder: Path, *, moe: MoEConfig | None = None) -> LanguageModel:
     """The model of a folder that :func:`save_folder` wrote, in eval mode, in its own dtype, on the CPU.
+
+    Args:
+        moe: other settings of its experts than those that it was made with, for as many and as large ones.
 
     Raises:
         NotFoundError: there is no such folder.
@@ -99,7 +129,8 @@ def load_folder(folder: Path) -> LanguageModel:
     plain = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     tensors = load_file(folder / WEIGHTS)
     tensors |= {name: tensors[first] for name, first in plain["aliases"].items()}
-    model = build_described(plain)
+    described = read_description(folder)
+    model = build_described(described if moe is None else with_moe(described, moe))
     inner = _inner(model)
     wanted = inner.state_dict()
     wrong = sorted(
@@ -179,16 +210,13 @@ def _verify(folder: Path) -> None:
 
 
 def _describe(file: Path) -> dict[str, Any]:
+    return {"size": file.stat().st_size, "sha256": hash_file(file)}
+
+
+def hash_file(file: Path) -> str:
+    """SHA-256 of a file, hex."""
     with file.open("rb") as opened:
-        return {"size": os.fstat(opened.fileno()).st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -13,16 +13,26 @@ from moectl.models.growth import append, multiply
 from moectl.models.language_model import LanguageModel
 
 
-def multiply_model(model: LanguageModel, times: int, *, parts: bool = False) -> LanguageModel:
+def multiply_model(
+    model: LanguageModel,
+    times: int,
+    *,
+    parts: bool = False,
+    noise: float = 1e-3,
+    generator: torch.Generator | None = None,
+) -> LanguageModel:
     """Every expert becomes ``times``, in place, and the function stays; see :mod:`moectl.moe.growth`.
 
     Args:
         parts: each of them keeps a part of the neurons, so that a token costs what it did.
+        noise: of whole copies that a token visits together, in standard deviations of ``down_proj``; it cancels.
+        generator: a CPU generator.
 
     Raises:
         ConfigError: no experts, or a router that cannot be grown.
     """
-    return _described(model, multiply(model.moe_layers(), _moe(model), times, parts=parts))
+    layers, moe = model.moe_layers(), mixture_of(model)
+    return _described(model, multiply(layers, moe, times, parts=parts, noise=noise, generator=generator))
 
 
 def extend_model(
@@ -37,10 +47,15 @@ def extend_model(
     Raises:
         ConfigError: no experts, or a router that cannot keep new ones closed.
     """
-    return _described(model, append(model.moe_layers(), _moe(model), extra, noise=noise, generator=generator))
+    return _described(model, append(model.moe_layers(), mixture_of(model), extra, noise=noise, generator=generator))
 
 
-def _moe(model: LanguageModel) -> MoEConfig:
+def mixture_of(model: LanguageModel) -> MoEConfig:
+    """What describes a model's experts.
+
+    Raises:
+        ConfigError: it has none.
+    """
     moe = upcycled_with(model.model) if isinstance(model, HFLanguageModel) else None
     if isinstance(model, Decoder):
         moe = model.config.moe

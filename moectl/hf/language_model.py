@@ -16,6 +16,7 @@ from moectl.hf.dense import family_of
 from moectl.hf.upcycle import MASK, upcycled_with
 from moectl.models.cross_entropy import linear_cross_entropy
 from moectl.models.generation import choose_token, continue_text
+from moectl.moe.checkpointing import contexts
 from moectl.moe.layer import MoELayer
 
 
@@ -49,6 +50,10 @@ class HFLanguageModel(nn.Module):
     @property
     def vocab_size(self) -> int:
         return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self._head.weight
 
     @property
     def num_layers(self) -> int:
@@ -120,6 +125,16 @@ class HFLanguageModel(nn.Module):
         """Summed next-token loss in nats against ``labels [B, S]`` (-100: not scored), logits never made whole."""
         hidden_ND = self.hidden_states(input_ids, doc_ids, token_mask).flatten(0, 1)
         return linear_cross_entropy(hidden_ND, self._head.weight, labels.flatten())
+
+    def checkpoint_activations(self, enabled: bool = True) -> None:
+        """In training, keep each layer's input alone, and compute the rest again in the backward pass."""
+        # transformers newer than 5.17 calls it activation checkpointing; the older name still works, with a warning.
+        kind = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"
+        if enabled:
+            again = {"use_reentrant": False, "context_fn": contexts([self])}
+            getattr(self.model, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": again})
+        else:
+            getattr(self.model, f"{kind}_checkpointing_disable")()
 
     def moe_layers(self) -> dict[int, MoELayer]:
         """The MoE layers by layer number, in model order."""

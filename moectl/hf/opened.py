@@ -9,10 +9,8 @@ Shape suffixes: B batch, S sequence, T tokens, D hidden, E experts, K experts pe
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 
 from moectl.errors import ConfigError, MoectlError, did_you_mean
 from moectl.hf.checkpoint_files import CONFIG, PICKLES, find_tensors, json_object
+from moectl.hf.refusals import quiet_transformers
 
 _EXPERTISE = re.compile(r"(MoE|MoeBlock|Router|Experts)$")  # how transformers' classes of such parts end
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -171,7 +170,7 @@ def open_folder(folder: Path) -> Opened:
         folder
     )  # transformers would read a pickle, leave the folder, or fail on a damaged file in its own words
     architecture = _architecture(plain, folder)
-    with _quiet():
+    with quiet_transformers():
         model, skipped = _load(folder, architecture)
     dtypes = {name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     if any(p.dtype.itemsize < 4 for p in model.parameters()):
@@ -273,19 +272,3 @@ def _blocks(model: nn.Module, config: Any) -> dict[int, Block]:
         if isinstance(gate, nn.Parameter) and gate.dim() == 2 and stacked:
             blocks[int(number[1])] = Block(name, module, router, experts, top_k)
     return blocks
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and no talk of transformers; both as they were afterwards."""
-    from transformers.utils import logging as talk
-
-    level, bars = talk.get_verbosity(), talk.is_progress_bar_enabled()
-    talk.set_verbosity(logging.ERROR)
-    talk.disable_progress_bar()
-    try:
-        yield
-    finally:
-        talk.set_verbosity(level)
-        if bars:
-            talk.enable_progress_bar()

@@ -22,11 +22,15 @@ TOKENIZER_FILES = (
     "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+_BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)$")  # that older releases saved, and made anew
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def find_base(base: str) -> Path:
+def find_base(base: str, *, weights: bool = True) -> Path:
     """The folder of a base: a local one, or what the hub has under that id, in the project's own cache.
+
+    Args:
+        weights: False: of the hub's files config and tokenizer only.
 
     Raises:
         NotFoundError: neither a folder nor a possible id.
@@ -44,8 +48,9 @@ def find_base(base: str) -> Path:
     paths.use_project_cache()
     from huggingface_hub import snapshot_download
 
+    wanted = [CONFIG, *TOKENIZER_FILES, *(("*.safetensors", INDEX) if weights else ())]
     try:
-        return Path(snapshot_download(base, allow_patterns=[CONFIG, "*.safetensors", INDEX, *TOKENIZER_FILES]))
+        return Path(snapshot_download(base, allow_patterns=wanted))
     except Exception as error:  # the hub's own, and its HTTP client's, which one depends on its version
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise MoectlError(
@@ -60,7 +65,7 @@ def load_dense(base: str | Path) -> Any:
     Raises:
         NotFoundError, MoectlError: see :func:`find_base`; no config, no weights, or weights that do not load.
         ConfigError: a model that cannot be upcycled, pickled weights only.
-        CheckError: weights that are missing or of the wrong shape.
+        CheckError: weights that are missing, of the wrong shape, or more than the config describes.
     """
     from transformers import AutoModelForCausalLM
 
@@ -89,6 +94,13 @@ def load_dense(base: str | Path) -> Any:
             f"the weights in {folder} lack {', '.join(sorted(wrong)[:5])}{' and more' if len(wrong) > 5 else ''}, or"
             " have them in another shape",
             "The folder does not hold the whole model: fetch it again.",
+        )
+    beyond = sorted(name for name in info.get("unexpected_keys") or () if not _BUFFERS.search(name))
+    if beyond:
+        raise CheckError(
+            f"the weights in {folder} hold more than its {CONFIG} describes: {', '.join(beyond[:5])}"
+            + (f" and {len(beyond) - 5} more" if len(beyond) > 5 else ""),
+            f"Loaded without these it would be another model: put the {CONFIG} of these weights beside them.",
         )
     return model.eval()
 

@@ -26,10 +26,10 @@ from moectl.models.decoder import CAPACITY_OPTIONS, GatedMLP
 from moectl.models.modes import eval_mode
 from moectl.moe.capacity import Capacity
 from moectl.moe.experts import Experts, GatedExperts, MLPExperts
-from moectl.moe.filling import check_layer, fill_layer
+from moectl.moe.filling import check_donors, check_layer, fill_layer
 from moectl.moe.layer import MoELayer
 from moectl.moe.shared import PlainMLP
-from moectl.moe.upcycle import Layout, hidden_rows
+from moectl.moe.upcycle import hidden_rows
 from moectl.routers import build_router
 
 MASK = "moe_token_mask"
@@ -59,17 +59,14 @@ def upcycle(
     Raises:
         ConfigError: a family, MLP, layer list or router that cannot be upcycled, naming the part.
     """
-    family = family_of(model)
-    if upcycled_with(model) is not None:
-        raise ConfigError("the model has experts already", "Upcycle a dense model, or grow this one.")
     moe = moe.model_copy(update={"init": "copy"}) if moe.init == "auto" else moe
+    family, numbers = check_upcycling(model, moe, experts)
     config, layers = model.config, family.layers_of(model)
-    numbers = resolve_layers(moe.layers, len(layers))
     dense = {n: family.mlp_of(layers[n], f"layer {n}") for n in numbers}
+    donors = {
+        n: [family.layout_of(getattr(family.layers_of(each)[n], family.mlp)) for each in experts] for n in numbers
+    }
     made = {n: new_layer(moe, family, config, n) for n in numbers}
-    for layer in made.values():
-        check_layer(layer, moe, family.mlp_size(config))
-    donors = _expert_mlps(family, config, moe, experts, numbers)
     rows = _rows(model, family, prompts, numbers, moe)
     for number, layer in made.items():
         source = next(dense[number].parameters())
@@ -84,6 +81,36 @@ def upcycle(
         )
     install(model, family, moe, made)
     return model
+
+
+def check_upcycling(model: Any, moe: MoEConfig, experts: Sequence[Any] = ()) -> tuple[DenseFamily, tuple[int, ...]]:
+    """Refuse what :func:`upcycle` cannot do, at no cost: layers are tried on the meta device.
+
+    Returns:
+        The model's family, and the numbers of the layers that get experts.
+
+    Raises:
+        ConfigError: see :func:`upcycle`.
+    """
+    family = family_of(model)
+    if upcycled_with(model) is not None:
+        raise ConfigError("the model has experts already", "Upcycle a dense model, or grow this one.")
+    config, layers = model.config, family.layers_of(model)
+    numbers = resolve_layers(moe.layers, len(layers))
+    for number in numbers:
+        family.mlp_of(layers[number], f"layer {number}")
+        with torch.device("meta"):
+            layer = new_layer(moe, family, config, number)
+        check_layer(layer, moe, family.mlp_size(config))
+    check_donors(
+        moe, [_fine_tuned(family, config, other) for other in experts], "its family, shape or activation differs"
+    )
+    for name, other in zip(moe.experts_from, experts, strict=False):
+        if upcycled_with(other) is not None:
+            raise ConfigError(f"'{name}' has experts already", "Each expert comes from a dense model.")
+        for number in numbers:
+            family.mlp_of(family.layers_of(other)[number], f"layer {number} of '{name}'")
+    return family, numbers
 
 
 def install(model: Any, family: DenseFamily, moe: MoEConfig, made: Mapping[int, MoELayer]) -> None:
@@ -130,7 +157,10 @@ def new_layer(moe: MoEConfig, family: DenseFamily, config: Any, number: int) -> 
     if moe.n_shared_experts:
         shared = (GatedMLP if activation == "swiglu" else PlainMLP)(hidden, size * moe.n_shared_experts)
         for name, parameter in shared.named_parameters():
-            (nn.init.zeros_ if name.endswith("bias") else lambda p: nn.init.normal_(p, std=std))(parameter)
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=std)
     options = None if moe.capacity is None else moe.capacity.model_dump(include=CAPACITY_OPTIONS)
     capacity = None if options is None else Capacity(**options)
     return MoELayer(router, experts, shared, capacity, dropout=family.dropout_of(config))
@@ -139,29 +169,13 @@ def new_layer(moe: MoEConfig, family: DenseFamily, config: Any, number: int) -> 
 # --- several models, and texts
 
 
-def _expert_mlps(
-    family: DenseFamily, config: Any, moe: MoEConfig, experts: Sequence[Any], numbers: Iterable[int]
-) -> dict[int, list[Layout]]:
-    """Of every chosen layer, the MLP of each expert's model."""
-    if moe.init != "experts-from":
-        if experts:
-            raise ConfigError("experts were given, but moe.init is not experts-from", "Leave them away.")
-        return {number: [] for number in numbers}
-    if len(experts) != moe.num_experts:
-        raise ConfigError(f"{len(experts)} models were given for {moe.num_experts} experts", "Give one per expert.")
-    found: dict[int, list[Layout]] = {number: [] for number in numbers}
-    for name, other in zip(moe.experts_from, experts, strict=True):
-        if family_of(other) is not family or family.shape_of(other.config) != family.shape_of(config):
-            raise ConfigError(
-                f"'{name}' is no fine-tune of the base: its family or shape differs",
-                "Experts come from models that were fine-tuned from one base.",
-            )
-        if upcycled_with(other) is not None:
-            raise ConfigError(f"'{name}' has experts already", "Each expert comes from a dense model.")
-        layers = family.layers_of(other)
-        for number, layouts in found.items():
-            layouts.append(family.layout_of(family.mlp_of(layers[number], f"layer {number} of '{name}'")))
-    return found
+def _fine_tuned(family: DenseFamily, config: Any, other: Any) -> bool:
+    """Whether ``other`` is of this family, shape and activation."""
+    return (
+        family_of(other) is family
+        and family.shape_of(other.config) == family.shape_of(config)
+        and family.activation_of(other.config) == family.activation_of(config)
+    )
 
 
 def _rows(
@@ -270,4 +284,6 @@ def _take_mask(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if len(args) > 1 or "token_mask" in kwargs:
         return None
-    return args, {**kwargs, "token_mask": layer.__dict__["handed_mask"]}
+    # Taken, not read: a layer that is called by itself afterwards has no mask.
+    mask, layer.__dict__["handed_mask"] = layer.__dict__["handed_mask"], None
+    return args, {**kwargs, "token_mask": mask}

@@ -97,11 +97,12 @@ def forward_flops(shape: TransformerShape, layers: Iterable[MoELayer], *, length
     projections = 2 * hidden * (2 * columns + 2 * shape.key_size)
     scores = 2 * 2 * length * columns
     mlp = 2 * shape.mlp_matrices * hidden * shape.mlp_size
-    experts = router = 0
+    experts: float = 0
+    router = 0
     moe_layers = list(layers)
     for layer in moe_layers:
         matrices = 3 if isinstance(layer.experts, GatedExperts) else 2
-        computed = layer.experts.num_experts if layer.experts.backend == "full" else layer.router.top_k
+        computed = layer.experts.num_experts if layer.experts.backend == "full" else experts_per_token(layer)
         experts += computed * 2 * matrices * hidden * layer.experts.intermediate_size
         router += 2 * sum(p.numel() for p in layer.router.parameters())
         if layer.shared_experts is not None:
@@ -115,13 +116,23 @@ def forward_flops(shape: TransformerShape, layers: Iterable[MoELayer], *, length
     )
 
 
+def experts_per_token(layer: MoELayer) -> float:
+    """On average: ``top_k``, and where experts choose tokens, as often as their own capacity factor lets them.
+
+    An expert capacity, which only cuts off, is not in it.
+    """
+    router = layer.router
+    room = 1.0 if router.token_choice else float(getattr(router.config, "capacity_factor", 1.0))
+    return min(router.top_k * room, router.num_experts)
+
+
 def count(model: nn.Module | LanguageModel) -> ParameterCount:
     """Of any model with :class:`MoELayer` in it."""
     inactive = 0
     for layer in model.modules():
         if isinstance(layer, MoELayer):
             per_expert = sum(p.numel() for p in layer.experts.parameters()) // layer.experts.num_experts
-            inactive += per_expert * (layer.experts.num_experts - layer.router.top_k)
+            inactive += round(per_expert * (layer.experts.num_experts - experts_per_token(layer)))
     return ParameterCount(sum(parameter.numel() for parameter in model.parameters()), inactive)
 
 

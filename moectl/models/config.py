@@ -111,6 +111,8 @@ def resolve_layers(spec: str, num_layers: int) -> tuple[int, ...]:
     Raises:
         ConfigError: more or other layers than the model has.
     """
+    if num_layers < 1:
+        raise ConfigError("the model has no layers to give experts to", "Take a model with layers.")
     kind, _, number = spec.partition(":")
     if spec == "all":
         return tuple(range(num_layers))

@@ -21,6 +21,7 @@ from moectl.models.config import DecoderConfig
 from moectl.models.cross_entropy import linear_cross_entropy
 from moectl.models.generation import choose_token, continue_text
 from moectl.moe.capacity import Capacity
+from moectl.moe.checkpointing import checkpointed
 from moectl.moe.experts import GatedExperts
 from moectl.moe.layer import MoELayer
 from moectl.moe.router import at_least_float32
@@ -131,6 +132,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -182,9 +184,11 @@ class Decoder(nn.Module):
             positions = positions[:, None]  # tables [B, 1, S, P], for every head
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta, x_BSD.dtype)
         seen_mask = token_mask if cache is None else cache.extend_mask(token_mask, input_ids)
-        mask = attention_mask(length, past, doc_ids, seen_mask, input_ids.device)
+        mask = additive(attention_mask(length, past, doc_ids, seen_mask, input_ids.device), x_BSD.dtype)
+        again = self.checkpointing and self.training and torch.is_grad_enabled()
         for layer in self.layers:
-            x_BSD = layer(x_BSD, rope, mask, token_mask, cache)
+            inputs = (x_BSD, rope, mask, token_mask, cache)
+            x_BSD = checkpointed(layer, *inputs) if again else layer(*inputs)
         if cache is not None:
             cache.length += length
         return self.norm(x_BSD)
@@ -212,9 +216,17 @@ class Decoder(nn.Module):
         hidden_ND = self.hidden_states(input_ids, doc_ids, token_mask, positions=positions).flatten(0, 1)
         return linear_cross_entropy(hidden_ND, self.lm_head.weight, labels.flatten())
 
+    def checkpoint_activations(self, enabled: bool = True) -> None:
+        """In training, keep each layer's input alone, and compute the rest again in the backward pass."""
+        self.checkpointing = enabled
+
     @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.lm_head.weight
 
     @property
     def num_layers(self) -> int:
@@ -296,6 +308,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the halves of the last dimension of ``[B, H, S, P]`` by tables ``[S, P]`` or ``[B, 1, S, P]``."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A bool mask as what is added to scores, 0 or -inf: made once, which attention would do in every layer."""
+    if mask is None:
+        return None
+    device = mask.device.type
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
 
 
 def attention_mask(

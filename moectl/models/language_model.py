@@ -34,6 +34,10 @@ class LanguageModel(Protocol):
         """Rows of the embedding: token ids are below it."""
 
     @property
+    def head_weight(self) -> Tensor:
+        """The output embedding ``[V, D]``: logits are final hidden states times its transpose."""
+
+    @property
     def num_layers(self) -> int:
         """Transformer layers, dense ones and those with experts."""
 
@@ -73,6 +77,9 @@ class LanguageModel(Protocol):
         self, input_ids: Tensor, labels: Tensor, doc_ids: Tensor | None = None, token_mask: Tensor | None = None
     ) -> Tensor:
         """Summed next-token loss in nats against ``labels [B, S]`` (-100: not scored): a 0-d tensor."""
+
+    def checkpoint_activations(self, enabled: bool = True) -> None:
+        """In training, keep each layer's input alone, and compute the rest again in the backward pass."""
 
     def moe_layers(self) -> dict[int, MoELayer]:
         """The MoE layers by layer number, in model order; empty for a dense model."""

@@ -9,7 +9,7 @@ import torch
 from moectl.config.schema import MoEConfig
 from moectl.errors import ConfigError
 from moectl.models.decoder import Decoder, GatedMLP
-from moectl.moe.filling import check_layer, fill_layer
+from moectl.moe.filling import check_donors, check_layer, fill_layer
 from moectl.moe.upcycle import Layout
 
 
@@ -35,13 +35,8 @@ def upcycle_decoder(
         ConfigError: the decoder has experts already; what :func:`moectl.moe.filling.check_layer` refuses;
             experts of another shape.
     """
-    assert moe.init != "auto"
-    if dense.config.moe_layers:
-        raise ConfigError("the base has experts already", "Upcycle a dense run (preset: dense).")
+    check_upcycling(dense, moe, experts)
     model = Decoder(dense.config.with_moe(moe))
-    for layer in model.moe_layers().values():
-        check_layer(layer, moe, dense.config.intermediate_size)
-    _check_experts(dense, moe, experts)
     model.to(next(dense.parameters()))  # before the weights come in: float64 would lose bits on the way
     loaded = model.load_state_dict(dense.state_dict(), strict=False)
     assert all(".mlp." in key for key in (*loaded.missing_keys, *loaded.unexpected_keys)), loaded
@@ -51,23 +46,23 @@ def upcycle_decoder(
     return model
 
 
-def _layout(dense: Decoder, number: int) -> Layout:
-    source = dense.layers[number].mlp
-    assert isinstance(source, GatedMLP)
-    return source.stacked_layout()
-
-
-def _check_experts(dense: Decoder, moe: MoEConfig, experts: Sequence[Decoder]) -> None:
-    if moe.init != "experts-from":
-        return
-    if len(experts) != moe.num_experts:
-        raise ConfigError(f"{len(experts)} models were given for {moe.num_experts} experts", "Give one per expert.")
-    for name, other in zip(moe.experts_from, experts, strict=True):
-        if other.config != dense.config:
-            raise ConfigError(
-                f"'{name}' is no fine-tune of the base: its shape differs", "Experts come from one dense base."
-            )
+def check_upcycling(dense: Decoder, moe: MoEConfig, experts: Sequence[Decoder] = ()) -> None:
+    """Refuse what :func:`upcycle_decoder` cannot do, at no cost: layers are tried on the meta device."""
+    assert moe.init != "auto"
+    if dense.config.moe_layers:
+        raise ConfigError("the base has experts already", "Upcycle a dense run (preset: dense).")
+    with torch.device("meta"):
+        layers = Decoder(dense.config.with_moe(moe)).moe_layers()
+    for layer in layers.values():
+        check_layer(layer, moe, dense.config.intermediate_size)
+    check_donors(moe, [other.config == dense.config for other in experts], "its shape differs")
     if moe.router_prompts:
         raise ConfigError(
             "moe.router_prompts needs a Hugging Face base", "Leave it away: the gate then starts at random."
         )
+
+
+def _layout(dense: Decoder, number: int) -> Layout:
+    source = dense.layers[number].mlp
+    assert isinstance(source, GatedMLP)
+    return source.stacked_layout()

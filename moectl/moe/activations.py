@@ -22,7 +22,7 @@ class Activation(NamedTuple):
     Attributes:
         forward: pre-activation ``[N, H]`` to activation ``[N, F]``, a new tensor.
         backward: ``(pre-activation [N, H], gradient of the activation [N, F])`` to ``(activation,
-            gradient of the pre-activation)``; it may overwrite the gradient that it is given.
+            gradient of the pre-activation)``; the gradient that it is given stays as it is.
         gated: whether ``H`` is ``2F``, gate columns first.
     """
 
@@ -46,7 +46,7 @@ def _swiglu_backward(pre_NH: Tensor, grad_NF: Tensor) -> tuple[Tensor, Tensor]:
     grad_gate_NF, grad_up_NF = grad_NH.chunk(2, dim=-1)
     silu_NF = F.silu(gate_NF)
     torch.mul(grad_NF, silu_NF, out=grad_up_NF)
-    torch.ops.aten.silu_backward.grad_input(grad_NF.mul_(up_NF), gate_NF, grad_input=grad_gate_NF)
+    torch.ops.aten.silu_backward.grad_input(grad_NF * up_NF, gate_NF, grad_input=grad_gate_NF)
     return silu_NF.mul_(up_NF), grad_NH
 
 

@@ -15,19 +15,23 @@ rows of one batch, M of one expert in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moectl.moe.activations import ACTIVATIONS
+from moectl.moe.batches import Batch as Batch
+from moectl.moe.batches import Plan as Plan
+from moectl.moe.batches import Slot as Slot
+from moectl.moe.batches import Slots as Slots
+from moectl.moe.batches import Weights as Weights
 from moectl.moe.parallel import shares, side_by_side
 from moectl.moe.products import (
     MANY_TOKENS,
     MANY_WEIGHTS,
-    outer_product,
     product_dtype,
     times,
     times_transposed,
@@ -36,95 +40,6 @@ from moectl.moe.products import (
 from moectl.moe.router import at_least_float32
 
 CACHED = 2**19  # elements of the widest tensor of a batch: two megabytes in float32
-
-
-class Weights(NamedTuple):
-    """Stacked expert weights: ``up [E, H, D]``, ``down [E, D, F]``, ``up_bias [E, H]``, ``down_bias [E, D]``.
-
-    Both biases or none.
-    """
-
-    up: Tensor
-    down: Tensor
-    up_bias: Tensor | None = None
-    down_bias: Tensor | None = None
-
-    def to(self, dtype: torch.dtype) -> Weights:
-        biases = (None if bias is None else bias.to(dtype) for bias in (self.up_bias, self.down_bias))
-        return Weights(self.up.to(dtype), self.down.to(dtype), *biases)
-
-
-class Plan(NamedTuple):
-    """What is read of a dispatch plan: ``token_ids [A]``, combine weights ``[A]``, ``tokens_per_expert [E]``."""
-
-    token_ids: Tensor
-    weights: Tensor
-    tokens_per_expert: Tensor
-
-    def batches(self, rows: int) -> list[Batch]:
-        """The experts that have tokens, in order, consecutive ones together up to so many rows.
-
-        Reads the counts: one host sync.
-        """
-        counts = self.tokens_per_expert.tolist()
-        groups: list[list[int]] = []
-        for expert in (expert for expert, count in enumerate(counts) if count):
-            if groups and sum(counts[other] for other in groups[-1]) + counts[expert] <= rows:
-                groups[-1].append(expert)
-            else:
-                groups.append([expert])
-        sizes = [[counts[expert] for expert in group] for group in groups]
-        totals = [sum(each) for each in sizes]
-        ids, weights = (tensor[: sum(totals)].split(totals) for tensor in (self.token_ids, self.weights))
-        return [Batch(*each) for each in zip(groups, sizes, ids, (part[:, None] for part in weights), strict=True)]
-
-
-class Batch(NamedTuple):
-    """Experts whose rows go through everything but the products together.
-
-    Attributes:
-        experts: their numbers, ascending.
-        sizes: rows of each.
-        ids: tokens ``[N]``, expert by expert.
-        weights: combine weights ``[N, 1]``.
-    """
-
-    experts: list[int]
-    sizes: list[int]
-    ids: Tensor
-    weights: Tensor
-
-
-class Slot(NamedTuple):
-    """Where the gradient of one stacked parameter goes, and whether it is added to what is there."""
-
-    grad: Tensor
-    add: bool
-
-    def put_outer(self, batch: Batch, grad_NO: Tensor, x_NI: Tensor) -> None:
-        """``gradᵀ · x`` of each expert, straight into its part where dtypes allow it."""
-        rows = zip(batch.experts, grad_NO.split(batch.sizes), x_NI.split(batch.sizes), strict=True)
-        for expert, grad_MO, x_MI in rows:
-            part = self.grad[expert]
-            if part.dtype == grad_MO.dtype:
-                outer_product(grad_MO, x_MI, out=part, add=self.add)
-            else:
-                self.put(expert, grad_MO.t() @ x_MI)
-
-    def put_sum(self, batch: Batch, grad_NO: Tensor) -> None:
-        """The sum over each expert's rows."""
-        for expert, grad_MO in zip(batch.experts, grad_NO.split(batch.sizes), strict=True):
-            self.put(expert, grad_MO.sum(0))
-
-    def put(self, expert: int, value: Tensor) -> None:
-        part = self.grad[expert]
-        if self.add:
-            part.add_(value.to(part.dtype))
-        else:
-            part.copy_(value)
-
-
-Slots = Mapping[str, Slot]
 
 
 def compute(x_TD: Tensor, weights: Weights, plan: Plan, activation: str, keep: bool) -> tuple[Tensor, list[Tensor]]:
@@ -151,7 +66,7 @@ def _forward(
     """One batch's tokens, added to ``y``; returns the pre-activation ``[N, H]``."""
     x_ND = x_TD.index_select(0, batch.ids).to(dtype)
     pre_NH = _each(times_transposed, x_ND, weights.up, batch, weights.up_bias)
-    hidden_NF = ACTIVATIONS[activation].forward(at_least_float32(pre_NH)).mul_(batch.weights)
+    hidden_NF = batch.weighted(ACTIVATIONS[activation].forward(at_least_float32(pre_NH)))
     out_ND = _each(times_transposed, hidden_NF.to(dtype), weights.down, batch).to(y_TD.dtype)
     if weights.down_bias is not None:
         out_ND = out_ND.addcmul_(batch.weights.to(out_ND.dtype), _rows_of(weights.down_bias, batch).to(out_ND.dtype))
@@ -204,14 +119,16 @@ def _backward(
     dtype = product_dtype(x_TD, training=True)
     grad_ND = grad_TD.index_select(0, batch.ids).to(dtype)
     grad_hidden_NF = at_least_float32(_each(times, grad_ND, weights.down, batch))  # of weight · activation
-    hidden_NF, grad_pre_NH = ACTIVATIONS[activation].backward(at_least_float32(pre_NH), grad_hidden_NF * batch.weights)
-    grad_weight_N = torch.linalg.vecdot(grad_hidden_NF, hidden_NF)
+    weighted_NF = grad_hidden_NF if batch.whole else grad_hidden_NF * batch.weights
+    hidden_NF, grad_pre_NH = ACTIVATIONS[activation].backward(at_least_float32(pre_NH), weighted_NF)
+    # In place, and summed by a matrix-vector product: half the time of vecdot.
+    grad_weight_N = grad_hidden_NF.mul_(hidden_NF) @ hidden_NF.new_ones(hidden_NF.shape[1])
     grad_pre_NH = grad_pre_NH.to(dtype)
     grad_x_TD.index_add_(0, batch.ids, _each(times, grad_pre_NH, weights.up, batch).to(grad_x_TD.dtype))
     if "up" in slots:
         slots["up"].put_outer(batch, grad_pre_NH, x_TD.index_select(0, batch.ids).to(dtype))
     if "down" in slots:
-        slots["down"].put_outer(batch, grad_ND, hidden_NF.mul_(batch.weights).to(dtype))
+        slots["down"].put_outer(batch, grad_ND, batch.weighted(hidden_NF).to(dtype))
     if "up_bias" in slots:
         slots["up_bias"].put_sum(batch, at_least_float32(grad_pre_NH))
     if weights.down_bias is not None:
@@ -229,10 +146,10 @@ def _each(
     dtype, extra = rows.dtype, [] if bias is None else [bias]
     if len(batch.experts) == 1:
         return product(rows, *(tensor[batch.experts[0]].to(dtype) for tensor in (stacked, *extra)))
-    out = rows.new_empty(rows.shape[0], stacked.shape[1 if product is times_transposed else 2])
-    for expert, part, to in zip(batch.experts, rows.split(batch.sizes), out.split(batch.sizes), strict=True):
-        matrix = stacked[expert].to(dtype)
-        torch.mm(part, matrix.t() if product is times_transposed else matrix, out=to)
+    oriented = stacked.mT if product is times_transposed else stacked
+    out = rows.new_empty(rows.shape[0], oriented.shape[2])
+    for matrix, part, to in zip(batch.of(oriented), batch.split(rows), batch.split(out), strict=True):
+        torch.mm(part, matrix.to(dtype), out=to)
     if bias is not None:
         out += _rows_of(bias, batch).to(dtype)
     return out

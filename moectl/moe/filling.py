@@ -10,10 +10,10 @@ from torch import Tensor
 from moectl.config.schema import MoEConfig
 from moectl.errors import ConfigError
 from moectl.moe.layer import MoELayer
+from moectl.moe.router import Router
 from moectl.moe.shared import fill_shared
 from moectl.moe.upcycle import (
     Layout,
-    count_neurons,
     group_rows,
     redraw_neurons,
     split_neurons,
@@ -27,7 +27,7 @@ def check_layer(layer: MoELayer, moe: MoEConfig, dense_size: int) -> None:
 
     Raises:
         ConfigError: experts of another size than the dense MLP's where they are to be it; weights that do not
-            sum to one, which would shrink the layer; parts whose number per token is not the granularity.
+            sum to one, which would scale the layer; parts whose number per token is not the granularity.
     """
     if moe.init == "random":
         return
@@ -41,12 +41,36 @@ def check_layer(layer: MoELayer, moe: MoEConfig, dense_size: int) -> None:
     if moe.init == "split":
         _check_parts(layer, moe)
     if not moe.allow_shrinking and not weights_sum_to_one(layer):
-        also = "" if moe.init == "split" else " To shrink it on purpose, set moe.allow_shrinking."
+        also = "" if moe.init == "split" else " To change it on purpose, set moe.allow_shrinking."
         raise ConfigError(
-            f"the weights of router '{type(layer.router).__name__}' do not sum to one: every copied layer's"
-            " output would shrink",
+            f"the weights of {layer.router.label} do not sum to one: every copied layer's output would differ from"
+            " the dense MLP's",
             f"Use top1 or topk with norm_topk_prob: true, or moe.init: random.{also}",
         )
+
+
+def check_donors(moe: MoEConfig, alike: Sequence[bool], differs: str) -> None:
+    """Refuse models that cannot be the experts.
+
+    Args:
+        alike: of each model given, whether it can be a fine-tune of the base.
+        differs: what is another in one that cannot.
+
+    Raises:
+        ConfigError: another number of models than of experts, or one that is no fine-tune of the base.
+    """
+    if moe.init != "experts-from":
+        if alike:
+            raise ConfigError("experts were given, but moe.init is not experts-from", "Leave them away.")
+        return
+    if len(alike) != moe.num_experts:
+        raise ConfigError(f"{len(alike)} models were given for {moe.num_experts} experts", "Give one per expert.")
+    for name, fits in zip(moe.experts_from, alike, strict=True):
+        if not fits:
+            raise ConfigError(
+                f"'{name}' is no fine-tune of the base: {differs}",
+                "Experts come from models that were fine-tuned from one dense base.",
+            )
 
 
 @torch.no_grad()
@@ -70,7 +94,6 @@ def fill_layer(
         rows: for ``experts-from``: the gate's rows ``[E, D]``.
     """
     assert moe.init != "auto"
-    assert count_neurons(dense) >= 1
     shared: Layout | None = None
     stacked: Layout | None = None
     if moe.init == "copy":
@@ -89,7 +112,7 @@ def fill_layer(
             noise=moe.init_noise,
             generator=generator,
         )
-        rows = group_rows(layer.router.weight, moe.granularity)
+        rows = group_rows(layer.router.weight, layer.router.top_k)
     if stacked is not None:
         layer.experts.load_state_dict(stacked)
     if rows is not None:
@@ -99,14 +122,27 @@ def fill_layer(
 
 
 def weights_sum_to_one(layer: MoELayer) -> bool:
-    """Ask the router itself, on a few tokens, in eval."""
-    weight = next(layer.router.parameters(), torch.empty(0))
-    probe = torch.randn(8, layer.router.hidden_size, generator=torch.Generator().manual_seed(0)).to(weight.device)
-    training = layer.router.training
+    """Ask the router itself, on a few tokens, in eval; one on the meta device by another of its kind and size."""
+    router = on_cpu(layer.router)
+    probe = torch.randn(8, router.hidden_size, generator=torch.Generator().manual_seed(0)).to(router.weight.device)
+    training = router.training
     with torch.no_grad():
-        total = layer.router.eval()(probe).topk_weights.sum(-1)
-    layer.router.train(training)
+        total = router.eval()(probe).topk_weights.sum(-1)
+    router.train(training)
     return bool(torch.allclose(total, torch.ones_like(total), atol=1e-5))
+
+
+def on_cpu(router: Router) -> Router:
+    """``router`` itself, or, where it is on the meta device and has no numbers, a fresh one of its kind and size.
+
+    torch's generators are left as they were.
+    """
+    if router.weight.device.type != "meta":
+        return router
+    with torch.random.fork_rng(devices=[]):
+        fresh = type(router)(router.config, hidden_size=router.hidden_size, num_experts=router.num_experts)
+    fresh.label = router.label
+    return fresh
 
 
 def _check_parts(layer: MoELayer, moe: MoEConfig) -> None:

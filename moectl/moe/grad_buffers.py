@@ -55,12 +55,18 @@ class GradBuffers:
         buffer = self._buffers.get(name)
         if (
             buffer is None
-            or (buffer.shape, buffer.dtype, buffer.device) != (like.shape, like.dtype, like.device)
+            or (buffer.shape, buffer.dtype, buffer.device) != (like.shape, _grad_dtype(like), like.device)
             or _holders(buffer) > 1
         ):
-            buffer = torch.empty_like(like, requires_grad=False, memory_format=torch.contiguous_format)
+            exact = _grad_dtype(like)
+            buffer = torch.empty_like(like, dtype=exact, requires_grad=False, memory_format=torch.contiguous_format)
             self._buffers[name] = buffer
         return buffer
+
+
+def _grad_dtype(parameter: Tensor) -> torch.dtype:
+    """Of the parameter's gradient: float32 where a low-precision one is to be summed over micro-batches."""
+    return parameter.grad_dtype or parameter.dtype
 
 
 def _holders(tensor: Tensor) -> int:

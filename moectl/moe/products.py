@@ -9,6 +9,7 @@ features, O output features, P piece.
 from __future__ import annotations
 
 import functools
+import os
 import platform
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -22,11 +23,15 @@ MANY_WEIGHTS = 2**18  # elements of one expert's matrix: a megabyte in float32
 MANY_TOKENS = 32  # of one call: more than decoding has
 PIECE = 128
 PAGE = 4096  # bytes
+#: What oneDNN may be held to: instruction sets without bfloat16 products, which it then emulates.
+WITHOUT_BFLOAT16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 @functools.cache
 def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX, or ARM's BF16)."""
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX, or ARM's BF16), and oneDNN may use it."""
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in WITHOUT_BFLOAT16:
+        return False
     if platform.machine().lower() in ("aarch64", "arm64"):
         # Only here: on x86 it says yes to AVX512 alone, with which oneDNN emulates bfloat16.
         return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -98,8 +103,10 @@ def times(grad_NO: Tensor, weight_OI: Tensor) -> Tensor:
 def outer_product(grad_NO: Tensor, x_NI: Tensor, *, out: Tensor, add: bool) -> None:
     """``gradᵀ · x`` written into ``out [O, I]``, or added to it."""
     grad_ON = grad_NO.t()
-    rows = PIECE if _bound_by_weights(grad_NO, out) else max(out.shape[0], 1)
-    for left, part in zip(grad_ON.split(rows), out.split(rows), strict=True):
+    pieces = [(grad_ON, out)]
+    if _bound_by_weights(grad_NO, out):
+        pieces = list(zip(grad_ON.split(PIECE), out.split(PIECE), strict=True))
+    for left, part in pieces:
         if add:
             part.addmm_(left, x_NI)
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, get_origin
+from typing import Any, Literal, Self, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,7 @@ class Router(nn.Module, ABC):
         self._own_top_k = int(getattr(config, "top_k", 1))  # once: torch.compile cannot trace pydantic's getattr
         self._scheduled_top_k: int | None = None
         self._modes_checked: set[bool] = set()
+        self.frozen = False
         self.check_top_k(self.top_k)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self._declared: dict[str, torch.dtype] = {}
@@ -183,12 +184,24 @@ class Router(nn.Module, ABC):
             check_values(out, self.label, inputs=(x_TD, *self.parameters()))
         return out
 
+    def freeze(self) -> None:
+        """Route as in evaluation from now on, in training too: weights, biases, thresholds stay; no noise explores."""
+        self.requires_grad_(False)
+        self.frozen = True
+        self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """As any module's; a frozen router stays in evaluation."""
+        return super().train(mode and not self.frozen)
+
     def end_step(self, load_E: Tensor, *, tokens: int) -> None:
-        """:meth:`after_step`, after an optimizer step over ``tokens`` real tokens.
+        """:meth:`after_step`, after an optimizer step over ``tokens`` real tokens; a frozen router is not told.
 
         Raises:
             RouterError: :meth:`after_step` raised.
         """
+        if self.frozen:
+            return
         self.step_tokens = tokens
         with self._named_errors("after_step"):
             self.after_step(load_E)

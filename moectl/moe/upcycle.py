@@ -82,44 +82,44 @@ def split_neurons(
     noise: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> SplitLayer:
-    """Experts that are parts of the dense MLP, in groups of ``granularity``, each group the whole of it.
+    """Experts that are parts of the dense MLP, in groups of ``top_k``: each, with the shared experts, all of it.
 
     The neurons are dealt at random into ``G = granularity`` parts. The last ``G - top_k`` parts belong to
     the shared experts, which always compute, as the dense MLP did. The others are dealt anew for every
-    group: a group's first ``top_k`` experts are they. Each group also holds the shared parts, last: with
-    gate rows that tie within a group (:func:`group_rows`) and ties that go to the lowest index, a token
-    starts in the first ``top_k`` experts of one group. Combined with equal weights ``1 / top_k``, and
-    ``down_proj`` larger by ``top_k``, they and the shared experts are the dense MLP. Every routed expert
-    keeps the whole ``down_proj_bias``, for the weights sum to one; the shared ones have none.
+    group of ``top_k`` experts. With gate rows that tie within a group (:func:`group_rows`) a token starts in
+    one whole group, in whichever order: how ties are broken, and by how many units in the last place rows that
+    tie differ after all, is of no matter. Combined with equal weights ``1 / top_k``, and ``down_proj`` larger
+    by ``top_k``, they and the shared experts are the dense MLP. Every routed expert keeps the whole
+    ``down_proj_bias``, for the weights sum to one; the shared ones have none.
 
     Args:
         dense: one expert's layout, ``F`` neurons.
-        num_experts: ``E``, a multiple of ``granularity``.
+        num_experts: ``E``, a multiple of ``top_k``.
         granularity: ``G``; divides ``F``.
         top_k: routed experts per token, at most ``G``.
-        noise: as for :func:`stack_copies`, on the routed experts.
+        noise: as for :func:`stack_copies`, on the routed experts, in units of their own matrices.
         generator: a CPU generator: how neurons are dealt, then the noise.
 
     Raises:
         ValueError: numbers that do not divide, or ``top_k`` outside of 1 to ``G``.
     """
     neurons = count_neurons(dense)
-    if neurons % granularity or num_experts % granularity or not 1 <= top_k <= granularity:
+    if neurons % granularity or not 1 <= top_k <= granularity or num_experts % top_k:
         raise ValueError(
-            f"granularity {granularity} must divide {neurons} neurons and {num_experts} experts, and top_k {top_k} must"
-            f" be 1 to {granularity}"
+            f"granularity {granularity} must divide {neurons} neurons, and top_k {top_k} must be 1 to {granularity} and"
+            f" divide {num_experts} experts"
         )
-    size, groups = neurons // granularity, num_experts // granularity
+    size = neurons // granularity
     dealt_F = torch.randperm(neurons, generator=generator)
     routed_F, shared_F = dealt_F[: top_k * size], dealt_F[top_k * size :]
     parts: list[Tensor] = []
-    for _ in range(groups):
+    for _ in range(num_experts // top_k):
         parts += routed_F[torch.randperm(len(routed_F), generator=generator)].split(size)
-        parts += shared_F.split(size) if len(shared_F) else ()
     layouts = [take_neurons(dense, part) for part in parts]
     for layout in layouts:
         layout["down_proj"] = layout["down_proj"] * top_k
-    stacked = _with_noise(stack_experts(layouts), dense, noise, generator)
+    scaled = {**dense, "down_proj": dense["down_proj"].detach().float() * top_k}
+    stacked = _with_noise(stack_experts(layouts), scaled, noise, generator)
     if not len(shared_F):
         return SplitLayer(stacked, None)
     shared = take_neurons(dense, shared_F)
@@ -128,9 +128,9 @@ def split_neurons(
     return SplitLayer(stacked, shared)
 
 
-def group_rows(rows_ED: Tensor, granularity: int) -> Tensor:
-    """Gate rows ``[E, D]`` that tie within groups: each group's first row for all of its experts."""
-    return rows_ED.detach()[::granularity].repeat_interleave(granularity, dim=0)
+def group_rows(rows_ED: Tensor, size: int) -> Tensor:
+    """Gate rows ``[E, D]`` that tie within groups of ``size`` experts: each group's first row for all of them."""
+    return rows_ED.detach()[::size].repeat_interleave(size, dim=0)
 
 
 def redraw_neurons(

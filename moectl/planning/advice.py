@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from moectl.config.schema import ExperimentConfig
@@ -12,6 +13,13 @@ from moectl.planning.memory import plan_memory
 _FEW_ROWS = 16  # of one product: below, fetching an expert's weights takes longer than multiplying with them
 _MUCH_ROUTING = 0.05
 _WASTED_EPOCHS = 16
+_MOST = 0.5
+# benchmarks/plan_memory.py measured it.
+_UNPREDICTED = (
+    "the memory of {precision} on a CPU is not predicted well: dense models took up to 1.6 times as much, and with"
+    " experts oneDNN keeps a product for every number of tokens that one of them has had, 1.4 GB more after 60 steps"
+    " (half of it with ONEDNN_PRIMITIVE_CACHE_CAPACITY=16). That of float32 is."
+)
 
 
 def data_advice(model: Anatomy, tokens: Tokens) -> list[str]:
@@ -77,6 +85,11 @@ def memory_advice(
 ) -> list[str]:
     """On devices that the run does not fit: what to change, and whether the dense parent would fit."""
     said = []
+    precision = config.train.precision
+    if precision.startswith("bfloat16") and any(
+        cost.device.kind == "cpu" and cost.computed_as is None for cost in costs
+    ):
+        said.append(_UNPREDICTED.format(precision=precision))
     for cost in costs:
         if cost.fits:
             continue
@@ -84,22 +97,38 @@ def memory_advice(
         line = f"{device.name} has {room / 1e9:.3g} GB, the run takes {cost.memory.peak / 1e9:.3g} GB ("
         line += f"in {cost.memory.during}): "
         change = _what_fits(model, config, block_size, cost)
-        if change is None and dense is not None:
-            at_least = plan_memory(dense, config, block_size, device.kind).peak
-            line += f"{cost.memory.expert_share:.0%} of weights, gradients and optimizer state are experts', "
-            line += "so take fewer of them"
-            line += f"; the dense parent takes {at_least / 1e9:.3g} GB" + (" and fits." if at_least <= room else ".")
+        if change is not None:
+            line += change
+        elif dense is None or _smallest(dense, config, block_size, device.kind) > room:
+            line += "no micro-batch fits: take a smaller model."
         else:
-            line += change or "no micro-batch fits: take a smaller model."
+            least = _smallest(dense, config, block_size, device.kind)
+            line += "no micro-batch fits. "
+            share = cost.memory.expert_share
+            if share > _MOST:
+                line += f"{share:.0%} of weights, gradients and optimizer state are experts', so take fewer of them"
+            else:
+                line += "Take smaller experts, or fewer per token"
+            line += f"; the dense parent takes {least / 1e9:.3g} GB with a micro-batch of 1 and fits."
         said.append(line)
     return said
 
 
+def _smallest(model: Anatomy, config: ExperimentConfig, block_size: int, device: str) -> float:
+    """Bytes with a micro-batch of one row, in training and evaluation."""
+    changes = {
+        "train": config.train.model_copy(update={"batch_size": 1, "grad_accum": 2}),
+        "eval": config.eval.model_copy(update={"batch_size": 1}),
+    }
+    return plan_memory(model, config.model_copy(update=changes), block_size, device).peak
+
+
 def _what_fits(model: Anatomy, config: ExperimentConfig, block_size: int, cost: Cost) -> str | None:
     """The largest micro-batch of the same step that fits, and an evaluation that does; None where none does."""
-    train, factor = config.train, 1
-    while train.batch_size % factor == 0:
-        batch, accumulated = train.batch_size // factor, train.grad_accum * factor
+    train = config.train
+    for batch in _divisors(train.batch_size):
+        factor = train.batch_size // batch
+        accumulated = train.grad_accum * factor
         for evaluated in dict.fromkeys((config.eval.batch_size, min(batch, config.eval.batch_size), 1)):
             changes = {
                 "train": train.model_copy(update={"batch_size": batch, "grad_accum": accumulated}),
@@ -110,5 +139,10 @@ def _what_fits(model: Anatomy, config: ExperimentConfig, block_size: int, cost: 
                 sets = [f"train.batch_size={batch}", f"train.grad_accum={accumulated}"] * (factor > 1)
                 sets += [f"eval.batch_size={evaluated}"] * (evaluated != config.eval.batch_size)
                 return f"with {' '.join(f'--set {text}' for text in sets)} it takes {peak / 1e9:.3g} GB and fits."
-        factor *= 2
     return None
+
+
+def _divisors(number: int) -> list[int]:
+    """Largest first; of a number beyond 10¹² not all."""
+    small = [each for each in range(1, min(math.isqrt(number), 10**6) + 1) if number % each == 0]
+    return sorted({*small, *(number // each for each in small)}, reverse=True)

@@ -15,12 +15,24 @@ from torch import nn
 
 from moectl.config.schedule import Schedule
 from moectl.config.schema import MoEConfig
-from moectl.models.accounting import BACKWARD, Flops, ParameterCount, count, decoder_shape, forward_flops
+from moectl.hf.language_model import HFLanguageModel
+from moectl.hf.shape import HFShape, parts_of
+from moectl.models.accounting import (
+    BACKWARD,
+    Flops,
+    ParameterCount,
+    count,
+    decoder_shape,
+    experts_per_token,
+    forward_flops,
+)
 from moectl.models.config import DecoderConfig
 from moectl.models.decoder import Decoder, DecoderLayer
+from moectl.moe.experts import GatedExperts
 from moectl.moe.layer import MoELayer
 
 PARTS = ("embedding", "attention", "mlp", "experts", "shared experts", "router", "norms", "head")
+Shape = DecoderConfig | HFShape
 _SAMPLES = 1000  # of a schedule, for its mean
 
 
@@ -37,6 +49,9 @@ class MoEAnatomy:
         shared_size: F of the shared experts together; 0 for none.
         backend: which computation of the experts.
         expert_parameters: of one expert.
+        matrices: of one expert: 3 where it is gated, 2 where not.
+        room: experts per token over K: 1 where tokens choose, a capacity apart; else the experts' own capacity factor.
+        token_choice: whether tokens choose.
     """
 
     num_experts: int
@@ -47,11 +62,14 @@ class MoEAnatomy:
     shared_size: int
     backend: str
     expert_parameters: int
+    matrices: int
+    room: float
+    token_choice: bool
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A decoder's sizes.
+    """A model's sizes.
 
     Attributes:
         config: the shape that it was read from.
@@ -63,7 +81,7 @@ class Anatomy:
         flops: of one token, forward, on average over the run.
     """
 
-    config: DecoderConfig
+    config: Shape
     parameters: ParameterCount
     parts: Mapping[str, int]
     layers: tuple[tuple[int, int], ...]
@@ -87,27 +105,41 @@ class Anatomy:
         return self.config.num_kv_heads * self.config.head_dim
 
 
-def anatomy(config: DecoderConfig, length: int) -> Anatomy:
-    """The sizes of the decoder that ``config`` describes, in rows of ``length`` tokens.
+def anatomy(config: Shape, length: int) -> Anatomy:
+    """The sizes of the model that ``config`` describes, in rows of ``length`` tokens.
 
     Raises:
         ConfigError: a router, layer or backend that cannot be.
     """
-    with torch.device("meta"):
-        model = Decoder(config)
+    model = on_meta(config)
     layers = list(model.moe_layers().values())
     moe = None if config.moe is None or not layers else _moe_anatomy(layers[0], config.moe)
-    flops = forward_flops(decoder_shape(config), layers, length=length)
+    shape = decoder_shape(config) if isinstance(config, DecoderConfig) else config.transformer
+    flops = forward_flops(shape, layers, length=length)
     if moe is not None and moe.backend != "full":
-        shared = len(layers) * 6 * config.hidden_size * moe.shared_size
-        routed = (flops.experts - shared) * moe.per_token / moe.top_k
+        shared = len(layers) * 2 * shape.mlp_matrices * config.hidden_size * moe.shared_size
+        routed = (flops.experts - shared) * moe.per_token / experts_per_token(layers[0])
         flops = Flops(flops.attention, flops.mlp, routed + shared, flops.router, flops.head)
-    split = tuple(_split(layer) for layer in model.layers)
+    blocks = model.layers if isinstance(model, Decoder) else model.family.layers_of(model.model)
+    split = tuple(_split(layer) for layer in blocks)
     return Anatomy(config, count(model), count_parts(model), split, moe, length, flops)
 
 
-def count_parts(model: Decoder) -> dict[str, int]:
+def on_meta(config: Shape) -> Decoder | HFLanguageModel:
+    """The model that ``config`` describes, without any numbers."""
+    if isinstance(config, HFShape):
+        return config.build()
+    with torch.device("meta"):
+        return Decoder(config)
+
+
+def count_parts(model: Decoder | HFLanguageModel) -> dict[str, int]:
     """Every parameter once, by part; parts without any are left out."""
+    parts = _decoder_parts(model) if isinstance(model, Decoder) else parts_of(model)
+    return {name: parts[name] for name in PARTS if parts.get(name)}
+
+
+def _decoder_parts(model: Decoder) -> dict[str, int]:
     parts = dict.fromkeys(PARTS, 0)
     parts["embedding"] = _size(model.embed_tokens)
     parts["norms"] = _size(model.norm)
@@ -123,26 +155,27 @@ def count_parts(model: Decoder) -> dict[str, int]:
         parts["router"] += _size(layer.mlp.router)
         parts["experts"] += _size(layer.mlp.experts)
         parts["shared experts"] += 0 if layer.mlp.shared_experts is None else _size(layer.mlp.shared_experts)
-    return {name: number for name, number in parts.items() if number}
+    return parts
 
 
 def _moe_anatomy(layer: MoELayer, moe: MoEConfig) -> MoEAnatomy:
     router, experts = layer.router, layer.experts
     schedule = moe.schedule.top_k
     mean, most = (router.top_k, router.top_k) if schedule is None else (_mean(schedule), max(schedule.values))
-    # Under expert choice an expert's room is a share of all tokens; under token choice it only cuts off.
-    room = float(getattr(router.config, "capacity_factor", 1.0)) if not router.token_choice else 1.0
-    if layer.capacity is not None:
-        room = min(1.0, layer.capacity.factor)
+    room = experts_per_token(layer) / router.top_k
+    used = room if layer.capacity is None else min(1.0, layer.capacity.factor)  # which only cuts off
     return MoEAnatomy(
         num_experts=experts.num_experts,
         top_k=router.top_k,
-        per_token=min(mean * room, experts.num_experts),
-        per_token_max=min(most * room, experts.num_experts),
+        per_token=min(mean * used, experts.num_experts),
+        per_token_max=min(most * used, experts.num_experts),
         size=experts.intermediate_size,
         shared_size=experts.intermediate_size * moe.n_shared_experts,
         backend=experts.backend,
         expert_parameters=_size(experts) // experts.num_experts,
+        matrices=3 if isinstance(experts, GatedExperts) else 2,
+        room=room,
+        token_choice=router.token_choice,
     )
 
 

@@ -54,6 +54,7 @@ class Cost:
         utilisation: of the device's peak, by model FLOPs.
         usd_per_hour: None where no price is known.
         peak: FLOP/s of the device at this precision.
+        computed_as: what it computes in instead of this precision, and why; None for that itself.
     """
 
     device: Device
@@ -65,6 +66,7 @@ class Cost:
     seconds: float
     usd_per_hour: float | None
     peak: float
+    computed_as: str | None = None
 
     @property
     def usd(self) -> float | None:
@@ -117,8 +119,9 @@ def cost_on(
         run=None if measured is None else measured[0],
         utilisation=rate * flops_per_token / peak,
         seconds=tokens.total / rate,
-        usd_per_hour=device.usd_per_hour if price is None else price,
+        usd_per_hour=device.usd_per_hour if price is None else abs(price),  # -0 is 0
         peak=peak,
+        computed_as=device.computed_as(precision),
     )
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from moectl.config.schema import ExperimentConfig
+from moectl.hf.shape import HFShape
+from moectl.moe.products import cpu_has_bfloat16
 from moectl.planning.anatomy import Anatomy, MoEAnatomy
 
 MASTER = 4  # bytes of a weight, its gradient and each of AdamW's two moments, but for float64
@@ -90,12 +92,12 @@ class _Sizes:
 
 def plan_memory(model: Anatomy, config: ExperimentConfig, block_size: int, device: str) -> Memory:
     """What training ``model`` holds on ``device`` (``cpu`` or ``cuda``)."""
-    train = config.train
-    master = 8 if train.precision == "float64" else MASTER
+    train, precision = config.train, computed_precision(config.train.precision, device)
+    master = 8 if precision == "float64" else MASTER
     total = model.parameters.total * master
     experts = sum(part for _, part in model.layers) * master
-    sizes = _sizes(model, device, train.precision, train.batch_size * (block_size - 1))
-    casts = total / 2 if train.precision == "bfloat16" else 0.0  # autocast keeps its copies until the step's end
+    sizes = _sizes(model, device, precision, train.batch_size * (block_size - 1))
+    casts = total / 2 if precision in ("bfloat16", "float16") else 0.0  # autocast's copies, until the step's end
     fixed = 3 * total + casts + RUNTIME[device]
     logits = _evaluation(model, config, block_size)
     fullest = _resident(sizes, master) if device == "cpu" else _fullest(sizes, master, train.grad_accum > 1)
@@ -117,6 +119,11 @@ def plan_memory(model: Anatomy, config: ExperimentConfig, block_size: int, devic
     )
 
 
+def computed_precision(asked: str, device: str) -> str:
+    """What a run computes in: this machine's CPU may have no bfloat16, and computes in float32 then."""
+    return "float32" if device == "cpu" and asked.startswith("bfloat16") and not cpu_has_bfloat16() else asked
+
+
 def _resident(sizes: _Sizes, master: int) -> _Moment:
     """What a CPU's process has touched when a step is done, and keeps.
 
@@ -124,7 +131,7 @@ def _resident(sizes: _Sizes, master: int) -> _Moment:
     takes the other's place, so that the process holds the most of both.
     """
     model = sizes.model
-    kept = sum(sizes.layers) + _final(sizes)
+    kept = sum(sizes.layers) + _final(sizes) + _mask(sizes)
     sparse = set(model.config.moe_layers)
     spare = sum(size * SPARE["moe" if number in sparse else "dense"] for number, size in enumerate(sizes.layers))
     experts = [part for _, part in model.layers]
@@ -138,7 +145,7 @@ def _fullest(sizes: _Sizes, master: int, accumulates: bool) -> _Moment:
     model = sizes.model
     vocabulary, total = _vocabulary(model) * master, model.parameters.total * master
     made = total if accumulates else 0
-    kept = sum(sizes.layers) + _final(sizes)
+    kept = sum(sizes.layers) + _final(sizes) + _mask(sizes)
     moments = [_Moment(made, kept, 2 * vocabulary, CUDA_SPARE * kept)]  # the loss's gradients, made and scaled
     made += 0 if accumulates else vocabulary
     kept -= _final(sizes)
@@ -153,12 +160,18 @@ def _fullest(sizes: _Sizes, master: int, accumulates: bool) -> _Moment:
 def _recomputed(sizes: _Sizes) -> float:
     """Activations if each layer kept its input alone, and the rest were made again, layer by layer."""
     inputs = len(sizes.layers) * sizes.tokens * sizes.model.config.hidden_size * sizes.width
-    return inputs + _final(sizes) + max(map(sum, zip(sizes.layers, sizes.passing, strict=True)))
+    return inputs + _final(sizes) + _mask(sizes) + max(map(sum, zip(sizes.layers, sizes.passing, strict=True)))
 
 
 def _final(sizes: _Sizes) -> float:
     """Bytes that the last norm keeps, and the gradient of the final hidden states."""
     return 3 * sizes.tokens * sizes.model.config.hidden_size * sizes.width
+
+
+def _mask(sizes: _Sizes) -> float:
+    """Bytes of who sees whom, which our decoder makes once for all layers and heads; transformers' is a layer's."""
+    ours = not isinstance(sizes.model.config, HFShape)
+    return ours * sizes.tokens * sizes.model.length * sizes.width
 
 
 def _vocabulary(model: Anatomy) -> int:
@@ -172,7 +185,9 @@ def _evaluation(model: Anatomy, config: ExperimentConfig, block_size: int) -> fl
 
 
 def _sizes(model: Anatomy, device: str, precision: str, tokens: int) -> _Sizes:
-    width = {"float64": 8.0, "float32": 4.0, "bfloat16": 3.0}[precision]  # autocast: products in 2, norms in 4 bytes
+    width = {"float64": 8.0, "float32": 4.0}.get(precision, 3.0)  # autocast: products in 2 bytes, norms in 4
+    if precision == "bfloat16-pure" and device == "cuda":  # on a CPU pages of what was float32 for a moment stay
+        width = 2.0
     sparse = set(model.config.moe_layers)
     layers, passing = [], []
     for number in range(model.config.num_layers):
@@ -185,14 +200,35 @@ def _sizes(model: Anatomy, device: str, precision: str, tokens: int) -> _Sizes:
 def kept_per_token(model: Anatomy, moe: MoEAnatomy | None, device: str) -> float:
     """Numbers that one layer keeps for its backward, per token; ``moe`` of a MoE layer, None of a dense one."""
     config = model.config
-    hidden, queries, keys = config.hidden_size, model.query_size, model.key_size
-    norms = 2 * (3 * hidden + 1)  # input, normalised, scaled, and the root of the mean square
-    # Before and after the head norm, rotated; the output. A mask for who sees whom: the same for all heads.
-    attention = 4 * queries + 4 * keys + 2 * config.num_heads + config.num_kv_heads + model.length
-    if device == "cuda" and config.num_heads != config.num_kv_heads:
-        # No fused CUDA kernel takes a mask with grouped queries: the weights of all heads are made.
-        attention += config.num_heads * model.length + 2 * queries
-    return norms + attention + (4 * config.intermediate_size if moe is None else _kept_by_experts(moe, hidden))
+    if isinstance(config, HFShape):
+        norms, attention, mlp = _kept_by_transformers(model, config, device)
+    else:
+        hidden, queries, keys = config.hidden_size, model.query_size, model.key_size
+        norms = 2 * (3 * hidden + 1)  # input, normalised, scaled, and the root of the mean square
+        # Before and after the head norm, rotated; the output.
+        attention = 4 * queries + 4 * keys + 2 * config.num_heads + config.num_kv_heads
+        mlp = 4 * config.intermediate_size
+        if device == "cuda" and config.num_heads != config.num_kv_heads:
+            # No fused CUDA kernel takes a mask with grouped queries: the weights of all heads are made.
+            attention += config.num_heads * model.length + 2 * queries
+    return norms + attention + (mlp if moe is None else _kept_by_experts(moe, config.hidden_size))
+
+
+def _kept_by_transformers(model: Anatomy, config: HFShape, device: str) -> tuple[int, int, int]:
+    """Of norms, attention and dense MLP of a layer of transformers, per token."""
+    hidden, queries, keys, size = config.hidden_size, model.query_size, model.key_size, config.intermediate_size
+    if not config.family.gated:
+        # Norms, their means and roots; queries, keys and values in one; a GELU written out in products.
+        attention = 4 * hidden + model.length + config.num_heads
+        if config.config.attn_pdrop and device == "cpu":  # no fused kernel there drops weights
+            attention = 4 * hidden + 3 * config.num_heads * model.length
+        dropped = 2 * hidden if config.family.dropout_of(config.config) else 0
+        return 4 * hidden + 4 + dropped, attention, 5 * size
+    heads, groups = config.num_heads, config.num_kv_heads
+    normed = 2 * (queries + keys) + heads + groups if config.family.name == "qwen3" else 0
+    # Queries, keys and values of as many heads, the output and the sums; a mask for who sees whom.
+    attention = 4 * queries + heads + normed + model.length
+    return 2 * (3 * hidden + 1), attention, 4 * size
 
 
 def _kept_by_experts(moe: MoEAnatomy, hidden: int) -> float:
@@ -200,7 +236,7 @@ def _kept_by_experts(moe: MoEAnatomy, hidden: int) -> float:
     routing = 7 * moe.num_experts + 9 * slots  # logits, probabilities, losses; ids are 8 bytes wide
     shared = 4 * moe.shared_size
     if moe.backend == "grouped":
-        return routing + shared + slots * 2 * moe.size  # the pre-activation alone
+        return routing + shared + slots * (moe.matrices - 1) * moe.size  # the pre-activation alone
     if moe.backend == "full":
         return routing + shared + moe.num_experts * (4 * moe.size + hidden) + (slots + 1) * hidden
     return routing + shared + slots * (4 * moe.size + 3 * hidden)

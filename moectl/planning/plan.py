@@ -8,12 +8,11 @@ from typing import Any
 
 from moectl.config.schema import ExperimentConfig
 from moectl.models.accounting import BACKWARD
-from moectl.models.config import DecoderConfig
 from moectl.planning.advice import data_advice, expert_advice, memory_advice
-from moectl.planning.anatomy import Anatomy, anatomy
+from moectl.planning.anatomy import Anatomy, Shape, anatomy
 from moectl.planning.budget import Cost, Tokens, cost_on, plan_tokens
 from moectl.planning.devices import Device
-from moectl.planning.match_dense import Match, match_dense
+from moectl.planning.match_dense import Match, Matching, match_dense
 from moectl.planning.memory import plan_memory
 
 
@@ -93,22 +92,22 @@ class Plan:
 
 def make_plan(
     config: ExperimentConfig,
-    shape: DecoderConfig,
+    shape: Shape,
     data: Data,
     devices: Sequence[Device],
     *,
     measured: Mapping[str, tuple[str, float]] | None = None,
     price: float | None = None,
-    match: int | bool = False,
+    match: Matching | None = None,
 ) -> Plan:
     """Plan the run of ``config``.
 
     Args:
-        shape: the decoder, with its experts.
+        shape: the model, with its experts.
         devices: to plan for.
         measured: by a device's name, a run of this shape there and its tokens per second.
         price: dollars per hour of every device, in place of their own.
-        match: look for ways to equal the dense model's FLOPs: True, or with this granularity.
+        match: look for ways to equal the dense model's FLOPs.
 
     Raises:
         ConfigError: a model that cannot be.
@@ -130,15 +129,8 @@ def make_plan(
         for device in devices
     )
     matches = None
-    if match and config.moe is not None and model.moe is not None:
-        matches = tuple(
-            match_dense(
-                model,
-                router=config.moe.router_name,
-                n_shared=config.moe.n_shared_experts,
-                granularity=None if match is True else match,
-            )
-        )
+    if match is not None and config.moe is not None and model.moe is not None:
+        matches = tuple(match_dense(model, config.moe, match))
     warnings = (
         *expert_advice(model, tokens),
         *data_advice(model, tokens),
@@ -160,6 +152,7 @@ def _cost(cost: Cost) -> dict[str, Any]:
         "peak_memory": cost.memory.peak,
         "rate_source": cost.source,
         "rate_run": cost.run,
+        "computed_as": cost.computed_as,
         "utilisation": cost.utilisation,
         "tokens_per_second": cost.tokens_per_second,
         "seconds": cost.seconds,

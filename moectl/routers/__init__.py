@@ -86,13 +86,17 @@ def router_class(name: str) -> type[Router]:
 def resolve_router(config: ExperimentConfig) -> ExperimentConfig:
     """``config`` with its router's options checked and written out in full, and ``lb_coef`` a number.
 
-    Two configs that mean the same router then have the same content hash, however they spelt it.
+    Two configs that mean the same router then have the same content hash, however they spelt it. Where experts are
+    the parts of one MLP (``moe.init: split``), the noise is 0 unless ``noise_std`` says otherwise.
     """
     if config.moe is None:
         return config
     name = config.moe.router_name
     cls = router_class(name)
-    checked = _validate(cls, name, config.moe.router_options, None, prefix="moe.router.")
+    given = config.moe.router_options
+    if config.moe.init == "split" and "noise_std" in cls.Config.model_fields:
+        given = {"noise_std": 0.0, **given}  # noise would mix the parts of one MLP with those of another
+    checked = _validate(cls, name, given, None, prefix="moe.router.")
     options = checked.model_dump(mode="json")
     moe = config.moe.with_lb_coef(cls.default_lb_coef).model_copy(update={"router": {"name": name, **options}})
     return config.model_copy(update={"moe": moe})

@@ -10,7 +10,7 @@ from typing import Any
 
 from moectl import paths
 from moectl.errors import ConfigError, MoectlError
-from moectl.runs.entry import Entry
+from moectl.runs.entry import Entry, fits
 from moectl.runs.files import explained
 from moectl.runs.find import newest_first, readable_runs
 from moectl.runs.heartbeat import last_beat
@@ -18,7 +18,7 @@ from moectl.runs.rundir import RunDir, folder_size
 
 
 def list_runs(
-    *, status: str | None = None, router: str | None = None, limit: int | None = None
+    *, status: str | None = None, router: str | None = None, group: str | None = None, limit: int | None = None
 ) -> tuple[list[Entry], list[str]]:
     """All runs, the newest first, and warnings.
 
@@ -34,14 +34,16 @@ def list_runs(
         registry = Registry(paths.registry_path())
         try:
             registry.sync(runs_dir)
-            return registry.list_runs(runs_dir, status=status, router=router, limit=limit), registry.warnings
+            return registry.list_runs(
+                runs_dir, status=status, router=router, group=group, limit=limit
+            ), registry.warnings
         finally:
             registry.close()
     except MoectlError as error:
         warnings = [f"{error.message}; read from the run folders instead. {error.hint or ''}".rstrip()]
     entries: list[Entry] = []
     for run in newest_first(readable_runs(runs_dir, problems=warnings)):
-        if (status and run.status != status) or (router and run.record.get("router") != router):
+        if not fits(run, status=status, router=router, group=group):
             continue
         try:
             entries.append(Entry.read(run))

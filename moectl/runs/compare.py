@@ -1,13 +1,14 @@
 """Matched comparison: which run is better, on pure LM loss, and whether that may be said at all.
 
-It may not where tokens, data, eval set or loss definition differ, nor from one seed. Runs that
-stopped early are compared at the tokens that all of them reached.
+It may not where tokens, data, eval set or loss definition differ, nor from one seed. Each configuration is held
+against the first at equal tokens: the last evaluation that both have. One that stopped by itself (collapsed) is
+so compared at what it reached; a run that was only interrupted does not hold the others back: where other seeds of
+its configuration are there, it is left out of the mean, and said to be.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -16,14 +17,21 @@ from typing import Any
 from moectl.errors import ConfigError, MoectlError
 from moectl.marks import marked
 from moectl.runs.files import dumps
-from moectl.runs.intervals import MeanInterval, mean_interval, welch_interval
+from moectl.runs.intervals import MeanInterval, mean_interval
+from moectl.runs.meeting import Early, Meeting, by_seed, early_stops, meet
 from moectl.runs.rundir import RunDir
 from moectl.runs.subject import LM_LOSS, Point, Subject
+from moectl.runs.verdict import Verdict, judge
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """Runs that differ in their seed alone. ``loss`` is over seeds, in nats per token."""
+    """Runs that differ in their seed alone. ``loss`` is over seeds, in nats per token, at ``at_tokens``.
+
+    ``left_out`` are runs that can go on and do not count yet, ``stopped_early`` those that ended before their last
+    token. ``duration_s`` and ``cost`` (US dollars) are sums over all its runs, None where one of them has none;
+    ``tokens_per_second`` is of training, the mean over its runs.
+    """
 
     label: str
     runs: list[str]
@@ -31,28 +39,21 @@ class Configuration:
     seeds: list[int | None]
     loss: MeanInterval
     domains: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """``other`` against ``baseline``: ``difference`` is other − baseline, so negative is a lower loss.
-
-    ``method`` is "paired by seed", "unpaired" or "one seed"; ``better`` names a configuration, or is None
-    where nothing may be claimed; ``text`` says it in a sentence.
-    """
-
-    baseline: str
-    other: str
-    difference: MeanInterval
-    method: str
-    seeds: list[int]
-    better: str | None
-    text: str
+    at_tokens: int | None
+    eval_set: str | None
+    left_out: list[str]
+    stopped_early: list[str]
+    duration_s: float | None
+    cost: float | None
+    tokens_per_second: float | None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that ``runs compare`` says. ``mismatches``: condition → value by run."""
+    """Everything that ``runs compare`` says. ``mismatches``: condition → value by run.
+
+    ``at_tokens`` and ``eval_set`` are the baseline's; a configuration that stopped early has its own.
+    """
 
     matched: bool
     mismatches: dict[str, dict[str, str]]
@@ -62,6 +63,7 @@ class Comparison:
     configurations: list[Configuration]
     verdicts: list[Verdict]
     config_differences: dict[str, dict[str, Any]]
+    early: list[Early] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     metric: str = LM_LOSS
 
@@ -91,26 +93,34 @@ def compare(folders: Sequence[Path]) -> Comparison:
                 f"the run '{subject.id}' has no {LM_LOSS} yet ({subject.run.status})",
                 f"Let it reach an evaluation, or measure it: moectl eval {subject.id}",
             )
-    mismatches = _mismatches(subjects)
-    shared = {point for point in subjects[0].losses if point.tokens and all(point in s.losses for s in subjects)}
-    if not mismatches and not shared:
-        mismatches = _nothing_shared(subjects)
-    at = max(shared) if shared and not mismatches else None
-    points = {subject.id: max(subject.losses) if at is None else at for subject in subjects}
     groups = _groups(subjects)
-    configurations = [_configuration(label, group, points) for label, group in groups.items()]
-    verdicts = [_verdict(configurations[0], other, groups, points, mismatches) for other in configurations[1:]]
+    label, *others = groups
+    baseline = groups[label]
+    meetings = {other: meet(baseline, groups[other]) for other in others} or {label: meet(baseline, baseline)}
+    points = {other: meeting.at for other, meeting in meetings.items()}
+    mismatches = _mismatches(subjects)
+    if not mismatches and not any(points.values()):
+        mismatches = _nothing_shared(subjects)
+    at = None if mismatches else max((point for point in points.values() if point is not None), default=None)
+    points = {label: at, **(dict.fromkeys(others) if mismatches else {other: points[other] for other in others})}
+    counted = {label: _counted(meetings, at), **{other: meetings[other].theirs for other in others}}
     return Comparison(
         matched=not mismatches,
         mismatches=mismatches,
         at_tokens=None if at is None else at.tokens,
         eval_set=None if at is None else at.eval_set,
-        runs=[_row(subject, points[subject.id], groups) for subject in subjects],
-        configurations=configurations,
-        verdicts=verdicts,
+        runs=[_row(subject, name, points[name], counted[name]) for name, group in groups.items() for subject in group],
+        configurations=[_configuration(name, group, counted[name], points[name]) for name, group in groups.items()],
+        verdicts=[judge(label, other, meetings[other], list(mismatches), usual=at) for other in others],
         config_differences=_config_differences(groups),
-        notes=_notes(subjects, at, configurations),
+        early=[] if mismatches else early_stops(subjects, baseline),
+        notes=_notes(subjects, baseline, points, groups),
     )
+
+
+def _counted(meetings: Mapping[str, Meeting], at: Point | None) -> list[Subject]:
+    """The baseline's runs that count where it is evaluated last."""
+    return next((meeting.ours for meeting in meetings.values() if meeting.at == at), next(iter(meetings.values())).ours)
 
 
 def _mismatches(subjects: Sequence[Subject]) -> dict[str, dict[str, str]]:
@@ -153,81 +163,58 @@ def _marks(group: Iterable[Subject]) -> list[str]:
     return list(dict.fromkeys(mark for subject in group for mark in subject.marks))
 
 
-def _configuration(label: str, group: Sequence[Subject], points: dict[str, Point]) -> Configuration:
-    by_seed = _by_seed(group, points)
-    rows = [subject.losses[points[subject.id]] for subject in group]
+def _configuration(label: str, group: Sequence[Subject], counted: Sequence[Subject], at: Point | None) -> Configuration:
+    rows = [subject.losses[max(subject.losses) if at is None else at] for subject in counted]
     names = sorted(set.intersection(*(set(row) for row in rows)) - {LM_LOSS})
     return Configuration(
         label=label,
         runs=[subject.id for subject in group],
         marks=_marks(group),
         seeds=[subject.seed for subject in group],
-        loss=mean_interval(list(by_seed.values())),
+        loss=mean_interval(list(by_seed(counted, at).values())),
         domains={name.split("/")[1]: fmean(row[name] for row in rows) for name in names},
+        at_tokens=None if at is None else at.tokens,
+        eval_set=None if at is None else at.eval_set,
+        left_out=[subject.id for subject in group if subject not in counted],
+        stopped_early=[subject.id for subject in group if subject.stopped_early],
+        duration_s=_sum(subject.run.record.get("duration_s") for subject in group),
+        cost=_sum(subject.run.record.get("cost") for subject in group),
+        tokens_per_second=_mean(subject.tokens_per_second for subject in group),
     )
 
 
-def _by_seed(group: Sequence[Subject], points: dict[str, Point]) -> dict[int | str, float]:
-    """Seed → loss. Two runs of one seed are not two samples: their mean is one."""
-    losses: dict[int | str, list[float]] = {}
-    for subject in group:
-        key = subject.id if subject.seed is None else subject.seed
-        losses.setdefault(key, []).append(subject.losses[points[subject.id]][LM_LOSS])
-    return {seed: fmean(values) for seed, values in losses.items()}
+def _sum(values: Iterable[Any]) -> float | None:
+    found = list(values)
+    return None if None in found else float(sum(found))
 
 
-def _verdict(
-    baseline: Configuration,
-    other: Configuration,
-    groups: dict[str, list[Subject]],
-    points: dict[str, Point],
-    mismatches: dict[str, dict[str, str]],
-) -> Verdict:
-    ours, theirs = _by_seed(groups[baseline.label], points), _by_seed(groups[other.label], points)
-    common = [seed for seed in ours if seed in theirs and isinstance(seed, int)]
-    if len(common) >= 2:
-        difference, method = mean_interval([theirs[seed] - ours[seed] for seed in common]), "paired by seed"
-    elif min(len(ours), len(theirs)) >= 2:
-        difference, method = welch_interval(list(ours.values()), list(theirs.values())), "unpaired"
-        common = []
-    else:
-        one, two = (ours[common[0]], theirs[common[0]]) if common else (fmean(ours.values()), fmean(theirs.values()))
-        difference, method = MeanInterval(1, two - one, None, None), "one seed"
-    better: str | None = None
-    measured = f"{other.label} − {baseline.label} = {_signed(difference)}"
-    if mismatches:
-        text = f"{measured}, but the runs are not matched ({', '.join(mismatches)}): no verdict."
-    elif not math.isfinite(difference.mean):
-        text = f"{measured}: a loss that is not a number supports no verdict."
-    elif method == "one seed":
-        few = "one seed each" if len(ours) == len(theirs) == 1 else "too few seeds in common"
-        apart = "" if common or len(ours) > 1 or len(theirs) > 1 else ", and not the same"
-        text = f"{measured}, {few}{apart}: one seed is one seed, so neither is called better."
-    elif difference.excludes_zero:
-        better = other.label if difference.mean < 0 else baseline.label
-        text = f"{measured}, {method}, n = {difference.n}: {better} has the lower loss."
-    else:
-        text = f"{measured}, {method}, n = {difference.n}: the interval holds zero, no difference is shown."
-    return Verdict(
-        baseline.label, other.label, difference, method, [s for s in common if isinstance(s, int)], better, text
-    )
+def _mean(values: Iterable[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return fmean(found) if found else None
 
 
-def _row(subject: Subject, point: Point, groups: dict[str, list[Subject]]) -> dict[str, Any]:
+def _row(subject: Subject, label: str, at: Point | None, counted: Sequence[Subject]) -> dict[str, Any]:
     record = subject.run.record
-    label = next(label for label, group in groups.items() if subject in group)
+    point = max(subject.losses) if at is None or subject not in counted else at
     return {
         "id": subject.id,
         "configuration": label,
         "seed": subject.seed,
         "status": subject.run.status,
+        "reason": record.get("exit_reason"),
         "marks": subject.marks,
         "tokens": subject.reached,
         "planned_tokens": subject.planned,
+        "stopped_early": subject.stopped_early,
+        "counted": subject in counted,
         "at_tokens": point.tokens,
         "eval_set": point.eval_set,
         "eval_lm_loss": subject.losses[point][LM_LOSS],
         "parameters": record.get("parameters"),
+        "tokens_per_second": subject.tokens_per_second,
+        "duration_s": record.get("duration_s"),
+        "cost": record.get("cost"),
+        "energy_j": record.get("energy_j"),
         "commit": record.get("commit"),
         "dirty": record.get("dirty"),
     }
@@ -250,15 +237,18 @@ def _folded(values: dict[str, Any], section: str) -> dict[str, Any]:
     return {**rest, section: inside} if inside else rest
 
 
-def _notes(subjects: Sequence[Subject], at: Point | None, configurations: Sequence[Configuration]) -> list[str]:
+def _notes(
+    subjects: Sequence[Subject],
+    baseline: Sequence[Subject],
+    points: Mapping[str, Point | None],
+    groups: Mapping[str, Sequence[Subject]],
+) -> list[str]:
+    whole = points[next(iter(points))]
     notes = []
-    for subject in subjects:
-        if subject.stopped_early:
-            where = "" if at is None else f"; all are compared at {at.tokens:,} tokens, the last evaluation they share"
-            notes.append(
-                f"{subject.id} ({subject.run.status}) reached {subject.reached:,} of {subject.planned:,} tokens{where}."
-            )
-    if any(len(set(group.seeds)) < len(group.runs) for group in configurations):
+    for early in early_stops(subjects, baseline):
+        own = next(points[label] for label, group in groups.items() if any(s.id == early.run for s in group))
+        notes.append(_said_of(early, own, whole))
+    if any(len({subject.seed for subject in group}) < len(group) for group in groups.values()):
         notes.append("Runs of the same configuration and seed are averaged: they are not separate samples.")
     for name, title in (("commit", "code"), ("source_commit", "moectl's own source")):
         commits = {str(subject.run.record.get(name) or "unknown") for subject in subjects}
@@ -271,10 +261,22 @@ def _notes(subjects: Sequence[Subject], at: Point | None, configurations: Sequen
     return notes
 
 
-def _signed(interval: MeanInterval) -> str:
-    if interval.low is None or interval.high is None:
-        return f"{interval.mean:+.4f} nats"
-    return f"{interval.mean:+.4f} nats (95 % interval {interval.low:+.4f} to {interval.high:+.4f})"
+def _said_of(early: Early, own: Point | None, whole: Point | None) -> str:
+    """One sentence on a run that stopped early."""
+    planned = "all its" if early.planned is None else f"{early.planned:,}"
+    reached = f"{early.run} ({early.status}) reached {early.reached:,} of {planned} tokens"
+    if whole is None:
+        return f"{reached}."
+    if own == whole and early.at_tokens is not None and own is not None and early.at_tokens >= own.tokens:
+        return f"{reached}; all are compared at {own.tokens:,} tokens, the last evaluation they share."
+    if early.at_tokens is None or early.loss is None:
+        return f"{reached}, and no evaluation after step 0: it is compared with none."
+    if early.baseline is None or early.baseline_loss is None:
+        return f"{reached}: LM loss {early.loss:.4f} at {early.at_tokens:,}."
+    return (
+        f"{reached}. At {early.at_tokens:,}, the last evaluation that both have, its LM loss is {early.loss:.4f},"
+        f" that of {early.baseline} {early.baseline_loss:.4f} ({early.loss - early.baseline_loss:+.4f})."
+    )
 
 
 def _listing(points: Iterable[Point]) -> str:

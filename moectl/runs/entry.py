@@ -19,7 +19,7 @@ class Reached(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """A run in short. Times are UTC, ISO 8601; ``eval_lm_loss`` in nats per token."""
+    """A run in short. Times are UTC, ISO 8601; ``eval_lm_loss`` in nats per token, ``cost`` in US dollars."""
 
     id: str
     name: str
@@ -40,6 +40,8 @@ class Entry:
     duration_s: float | None
     config_hash: str | None
     data_id: str | None
+    group: str | None
+    cost: float | None
     marks: list[Any]
     folder: str
 
@@ -49,7 +51,7 @@ class Entry:
         record = run.record
         final = run.final.get("eval/lm_loss")
         keys = ("preset", "router", "moe", "seed", "steps", "commit", "dirty", "created", "started", "finished",
-                "duration_s", "config_hash")  # fmt: skip
+                "duration_s", "config_hash", "cost")  # fmt: skip
         return cls(
             id=run.id,
             name=str(record.get("name", run.id)),
@@ -58,6 +60,7 @@ class Entry:
             tokens=_larger(record.get("tokens"), reached.tokens),
             eval_lm_loss=reached.eval_lm_loss if final is None else final,
             data_id=(record.get("data") or {}).get("id"),
+            group=(record.get("group") or {}).get("name"),
             marks=list(record.get("marks") or []),
             folder=str(run.path),
             **{key: record.get(key) for key in keys},
@@ -79,6 +82,13 @@ class Entry:
         """Ready for JSON: NaN and infinities as strings."""
         data: dict[str, Any] = json_safe(asdict(self))
         return data
+
+
+def fits(run: RunDir, *, status: str | None = None, router: str | None = None, group: str | None = None) -> bool:
+    """Whether a run is of this status, router and group, as far as they are given."""
+    wanted = {"router": router, "group": group}
+    own = {"router": run.record.get("router"), "group": (run.record.get("group") or {}).get("name")}
+    return all(not value or own[key] == value for key, value in wanted.items()) and (not status or run.status == status)
 
 
 def _larger(one: int | None, other: int | None) -> int | None:

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 FLUSH_LINES = 100
 FLUSH_SECONDS = 5.0
-SAID = ("collapse", "router_logits", "loss_spike", "out_of_memory", "bad_checkpoint")
+SAID = (
+    "collapse", "router_logits", "loss_spike", "out_of_memory", "bad_checkpoint", "precision",
+    "compile_failed", "recompiled", "overflow",
+)  # fmt: skip
 """Events that the user is told of while the run goes on: each once per layer, or step where it is of no layer."""
 
 
@@ -66,12 +69,13 @@ class RunRecorder:
             self.flush()
 
     def event(self, kind: str, message: str, **details: Any) -> None:
-        """One thing that happened, with ``step=`` where it has one."""
+        """One thing that happened, with ``step=`` where it is of one, and is forgotten with it; ``at=`` otherwise."""
         self.rundir.event(kind, message, **details)
-        about = (kind, details.get("layer", ("step", details.get("spiked", details.get("step")))))
+        step = details.get("step", details.get("at"))
+        about = (kind, details.get("layer", ("step", details.get("spiked", step))))
         if kind in SAID and about not in self._said and self._warn is not None:
             self._said.add(about)
-            self._warn(f"warning: at step {details.get('step')}: {message}")
+            self._warn(f"warning: at step {step}: {message}")
 
     def routing(self, step: int, payload: Mapping[str, Any]) -> None:
         """Routing statistics of one step."""

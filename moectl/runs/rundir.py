@@ -60,6 +60,11 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def seconds_since_epoch(moment: str) -> float:
+    """The inverse of :func:`now`, in Unix seconds."""
+    return datetime.fromisoformat(moment).timestamp()
+
+
 class RunDir:
     """One run folder, opened for reading, and for writing between ``acquire`` and ``release``.
 
@@ -156,7 +161,8 @@ class RunDir:
                 f"the run '{self.id}' is being written by {self._lock.holder()}",
                 "Wait until it ends, or choose another --name.",
             )
-        if (beat := alive_elsewhere(self.path)) is not None:
+        # The lock's note was written a moment ago.
+        if (beat := alive_elsewhere(self.path, now=(self.path / ".lock").stat().st_mtime)) is not None:
             self._lock.release()
             raise ConfigError(
                 f"the run '{self.id}' is being written by PID {beat.pid} on {beat.host}, {beat.age:.0f} s ago",
@@ -190,7 +196,11 @@ class RunDir:
         self._metrics.write({**row, "values": numbers})
 
     def event(self, kind: str, message: str, **details: Any) -> None:
-        """Append one thing that happened; give ``step=`` where it has one. Needs the lock."""
+        """Append one thing that happened. Needs the lock.
+
+        What is of a step gets ``step=``, and goes when a resumed run does that step again. What has happened for
+        good gets ``at=``, the step that the run was at, and stays.
+        """
         if self._events is None:
             assert self._lock.held, "event() needs acquire() first"
             self._events = LineWriter(self.path / "events.jsonl")
@@ -305,7 +315,8 @@ def _stays(line: Line, step: int, end: int | None) -> bool:
     of = line.value.get("step")
     if not isinstance(of, int):
         return True
-    return of <= step if end is None else line.end <= end
+    # Both: bytes say nothing any more where somebody has removed a line before.
+    return of <= step and (end is None or line.end <= end)
 
 
 def folder_size(folder: Path) -> int:

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from moectl.errors import MoectlError, NotFoundError
 from moectl.runs import database
-from moectl.runs.entry import Entry, Reached
+from moectl.runs.entry import Entry, Reached, fits
 from moectl.runs.files import dumps, read_lines
 from moectl.runs.find import find_run, run_folders
 from moectl.runs.models import Metric, Run, from_columns, to_columns
@@ -186,16 +186,22 @@ class Registry:
             return bool(session.execute(delete(Run).where(Run.id == id)).rowcount)  # type: ignore[attr-defined]
 
     def list_runs(
-        self, runs_dir: Path, *, status: str | None = None, router: str | None = None, limit: int | None = None
+        self,
+        runs_dir: Path,
+        *,
+        status: str | None = None,
+        router: str | None = None,
+        group: str | None = None,
+        limit: int | None = None,
     ) -> list[Entry]:
-        """All indexed runs, the newest first; filters by status (``lost`` too), router or number."""
+        """All indexed runs, the newest first; filters by status (``lost`` too), router, group or number."""
         with self._session() as session:
             rows = session.execute(select(Run.id, Run.record).order_by(Run.created.desc(), Run.id.desc())).all()
             entries: list[Entry] = []
             for id, text in rows:
                 run = RunDir(runs_dir / id)
                 run.record = json.loads(text)
-                if (status and run.status != status) or (router and run.record.get("router") != router):
+                if not fits(run, status=status, router=router, group=group):
                     continue
                 try:
                     entries.append(Entry.of(run, self._reached(session, id)))

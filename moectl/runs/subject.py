@@ -78,8 +78,10 @@ class Subject:
 
     @property
     def kind(self) -> str:
-        """What people call this configuration."""
+        """What people call this configuration: in a group, by what it is there."""
         record = self.run.record
+        if isinstance(group := record.get("group"), dict) and group.get("variant"):
+            return str(group["variant"])
         named = (record.get(key) for key in ("kind", "preset", "router"))
         return next((str(name) for name in named if name), "moe" if record.get("moe") else "dense")
 
@@ -94,6 +96,12 @@ class Subject:
         return max(int(self.run.record.get("tokens") or 0), self.logged_tokens)
 
     @property
+    def tokens_per_second(self) -> float | None:
+        """Of training, over all sittings that ended in order."""
+        seconds, tokens = (self.run.record.get(key) for key in ("train_seconds", "train_tokens"))
+        return float(tokens) / float(seconds) if seconds and tokens else None
+
+    @property
     def planned(self) -> int | None:
         """Tokens of the whole run as configured: the learning rate's horizon."""
         steps = self.run.record.get("steps")
@@ -104,6 +112,11 @@ class Subject:
     @property
     def stopped_early(self) -> bool:
         return self.planned is not None and self.reached < self.planned
+
+    @property
+    def unfinished(self) -> bool:
+        """Stopped, but not by itself: it can go on."""
+        return self.stopped_early and self.run.status in ("interrupted", "lost", "running")
 
     @cached_property
     def config(self) -> dict[str, Any]:

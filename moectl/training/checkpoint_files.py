@@ -150,14 +150,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes())
         content = {key: value for key, value in manifest.items() if key != "sha256"}
-        whole = manifest["sha256"] == _digest(content)
-    except (ValueError, AttributeError, KeyError, RecursionError) as error:
-        raise CheckError(f"{path} is damaged: {error}") from error
+        whole, written_as = manifest["sha256"] == _digest(content), manifest["format"]
+        formed = written_as != FORMAT or _well_formed(manifest)
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise CheckError(f"{path} is damaged: {error!r}") from error
     if not whole:
         raise CheckError(f"{path} is damaged: its SHA-256 differs")
-    if manifest["format"] != FORMAT:
+    if not formed:
+        raise CheckError(f"{path} is damaged: it does not say what a manifest says")
+    if written_as != FORMAT:
         raise MoectlError(
-            f"{folder} has checkpoint format {manifest['format']}, this release reads {FORMAT}",
+            f"{folder} has checkpoint format {written_as}, this release reads {FORMAT}",
             "Use the moectl release that wrote it.",
         )
     present = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")} - {MANIFEST}
@@ -170,6 +173,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if extra := sorted(present - manifest["files"].keys()):
         raise CheckError(f"{folder / extra[0]} is not in the manifest")
     return manifest
+
+
+def _well_formed(manifest: Mapping[str, Any]) -> bool:
+    """Whether it lists state.json and each part's file with size and SHA-256, and nothing is of another type."""
+    listed, aliases = manifest["files"], manifest["aliases"]
+    return (
+        type(manifest["step"]) is int
+        and all(each.keys() == {"size", "sha256"} for each in listed.values())
+        and all(isinstance(first, str) for names in aliases.values() for first in names.values())
+        and {STATE, *(f"{part}{SUFFIX}" for part in aliases)} <= listed.keys()
+    )
 
 
 def verify_file(path: Path, listed: Mapping[str, Any]) -> None:

@@ -10,6 +10,8 @@ import fcntl
 import os
 import re
 import secrets
+import time
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +20,7 @@ from moectl.training.checkpoint_files import fsync, remove
 
 STEP = re.compile(r"step-(\d{8,})")
 TEMPORARY, REPLACED = ".tmp-", ".replaced-"
+SAID_AFTER_S, PATIENCE_S = 10.0, 180.0
 
 
 def checkpoint_steps(root: Path) -> list[int]:
@@ -26,6 +29,15 @@ def checkpoint_steps(root: Path) -> list[int]:
         return []
     found = (STEP.fullmatch(entry.name) for entry in root.iterdir() if entry.is_dir())
     return sorted(step for match in found if match and step_name(step := int(match[1])) == match[0])
+
+
+def restored_steps(root: Path) -> list[int]:
+    """As :func:`checkpoint_steps`, once what was killed while it replaced a checkpoint has its name back."""
+    with suppress(OSError):
+        if any(root.glob(f"{REPLACED}*")):
+            with locked(root):
+                restore_replaced(root)
+    return checkpoint_steps(root)
 
 
 def step_name(step: int) -> str:
@@ -38,18 +50,36 @@ def locked(root: Path) -> Iterator[None]:
     """Hold the folder against other savers and loaders; the kernel lets go when the process dies.
 
     So every temporary folder seen under the lock is a leftover. File systems without such locks are used
-    without: a run has one writer anyway.
+    without: a run has one writer anyway. So it is after some minutes: a reader that was stopped (Ctrl-Z) does not
+    stop the run that it reads.
     """
     handle = os.open(root, os.O_RDONLY)
     try:
         with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            _lock(handle, root)
         yield
     finally:
         # Closing is not enough where a forked child holds a copy of the handle.
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
+
+
+def _lock(handle: int, root: Path) -> None:
+    """Wait for the lock as long as PATIENCE_S; after SAID_AFTER_S, warn once."""
+    began, said = time.monotonic(), False
+    while True:
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waited = time.monotonic() - began
+            if waited >= PATIENCE_S:
+                return None
+            if waited >= SAID_AFTER_S and not said:
+                said = True
+                text = f"another process has held {root} for {waited:.0f} s: waiting {PATIENCE_S - waited:.0f} s more"
+                warnings.warn(text, stacklevel=2)
+            time.sleep(0.002)
 
 
 def make_root(root: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from moectl.config.guards import CollapseConfig
+from moectl.errors import CheckError
 from moectl.moe.stats import shares
 from moectl.training.pairs import Pair
 
@@ -63,11 +64,16 @@ class Finding:
 
 
 class CollapseDetector:
-    """Looks at each layer's counts since the last check; ``patience`` bad checks in a row are a collapse."""
+    """Looks at each layer's counts since the last check; ``patience`` bad checks in a row are a collapse.
 
-    def __init__(self, config: CollapseConfig) -> None:
+    Args:
+        config: what is trouble, and for how long.
+        layers: numbers of the layers.
+    """
+
+    def __init__(self, config: CollapseConfig, layers: Iterable[int] = ()) -> None:
         self.config = config
-        self.in_a_row: dict[int, int] = {}
+        self.in_a_row: dict[int, int] = dict.fromkeys(layers, 0)
 
     def check(
         self,
@@ -103,10 +109,11 @@ class CollapseDetector:
         if total == 0:
             return None
         of_tokens = counts_E.double() / max(tokens, 1)
-        # With many experts per token (a dense phase of a schedule for k, or k = E) an even load is as high: no sign.
-        # Taken from the counts: k may have changed since the last check.
+        # With many experts per token (a dense phase of a schedule for k) an even load is as high: no sign. Halfway from
+        # there to all tokens is one, which k = E never comes to. From the counts: k may have changed since.
         even = total / max(tokens, 1) / num_experts
-        if tokens_choose and even < self.config.max_share < float(of_tokens.max()):
+        bound = self.config.max_share if even < self.config.max_share else (1 + even) / 2
+        if tokens_choose and float(of_tokens.max()) > bound:
             return "dominance", int(of_tokens.argmax()), float(of_tokens.max()), even
         share_E = shares(counts_E)
         starved = float(share_E.min()) < self.config.min_share_of_uniform / num_experts
@@ -118,4 +125,10 @@ class CollapseDetector:
         return {"in_a_row": {str(layer): row for layer, row in self.in_a_row.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.in_a_row = {int(layer): row for layer, row in state["in_a_row"].items()}
+        """Continue with a checkpoint's counts. Raises CheckError where they are not of these layers."""
+        found = {int(layer): int(row) for layer, row in state["in_a_row"].items()}
+        if found.keys() != self.in_a_row.keys():
+            raise CheckError(
+                f"the checkpoint counts bad checks of the layers {[*found]}, this run has {[*self.in_a_row]}"
+            )
+        self.in_a_row = found

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,24 +20,32 @@ from moectl.models.language_model import LanguageModel
 from moectl.moe.causality import first_leak
 from moectl.moe.router import Router
 from moectl.moe.types import RouterOutput
-from moectl.training.runtime import precision_context
 
 
 def not_finite(
-    model: LanguageModel, batches: Sequence[Batch], loss: float, grad_norm: Tensor, precision: str = "float32"
+    model: LanguageModel,
+    batches: Sequence[Batch],
+    loss: float,
+    grad_norm: float,
+    *,
+    context: AbstractContextManager[object] | None = None,
 ) -> str | None:
     """None when loss and gradient norm are finite; else a sentence that names the layer that went first.
 
     To be asked before gradients are clipped: clipping by a norm that is NaN makes all of them NaN.
+
+    Args:
+        batches: of the step, which are run again when the loss is not finite.
+        context: that the step was computed in, such as autocast.
     """
     if not math.isfinite(loss):
-        with precision_context(precision, grad_norm.device):
+        with context or nullcontext():
             where = _first_bad_output(model, batches)
         return f"the loss is {loss}: {where or 'no layer output is, so the loss itself overflowed'}"
-    if not bool(torch.isfinite(grad_norm)):
+    if not math.isfinite(grad_norm):
         bad = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
         # Gradients flow backwards: the last in model order is where it began.
-        return f"the gradient norm is {float(grad_norm)}: it began at {bad[-1] if bad else 'the sum of all parameters'}"
+        return f"the gradient norm is {grad_norm}: it began at {bad[-1] if bad else 'the sum of all parameters'}"
     return None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from moectl.config.schema import CapacityConfig, MoEConfig
+from moectl.errors import CheckError
 from moectl.moe.layer import MoELayer
 from moectl.moe.stats import load_cv
 from moectl.training.schedules import set_capacity_factor
@@ -84,6 +85,13 @@ class DynamicCapacity:
         return {str(number): layer.capacity.factor for number, layer in self.layers.items() if layer.capacity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue with a checkpoint's factors."""
+        """Continue with a checkpoint's factors.
+
+        Raises:
+            CheckError: they are not of these layers, or no factors.
+        """
+        fitting = state.keys() == self.state_dict().keys()
+        if not fitting or not all(isinstance(factor, float) and factor > 0 for factor in state.values()):
+            raise CheckError(f"the checkpoint's capacity factors are {dict(state)}, and the layers {[*self.layers]}")
         for number, factor in state.items():
             set_capacity_factor(self.layers[int(number)], factor)

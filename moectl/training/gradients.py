@@ -14,7 +14,7 @@ from torch import Tensor
 from moectl.moe.layer import MoELayer
 
 #: Metrics by group of the optimizer: weight decay is no matter here.
-GROUPS = {"router": "router", "experts": "experts", "dense": "dense", "no_decay": "dense"}
+GROUPS = {"router": "router", "experts": "experts"} | dict.fromkeys(("dense", "adapters", "head", "no_decay"), "dense")
 
 
 def group_norms(groups: Iterable[Mapping[str, Any]], layers: Mapping[int, MoELayer]) -> dict[str, float]:
@@ -31,24 +31,29 @@ def group_norms(groups: Iterable[Mapping[str, Any]], layers: Mapping[int, MoELay
     squares: dict[str, list[Tensor]] = {}
     for group in groups:
         for parameter in group["params"]:
-            if parameter.grad is not None:
-                name = "experts" if id(parameter) in of_experts else GROUPS.get(group["name"], group["name"])
+            if parameter.grad is not None and id(parameter) not in of_experts:
+                name = GROUPS.get(group["name"], group["name"])
                 squares.setdefault(name, []).append(_square(parameter.grad))
-    norms = {f"grad_norm/{name}": torch.stack(each).sum().sqrt() for name, each in squares.items()}
+    each_expert: dict[str, Tensor] = {}
     for number, layer in layers.items():
-        norms_E = expert_norms(layer)
-        if norms_E is not None:
-            norms |= {f"grad_norm/layer.{number}.expert.{expert}": norm for expert, norm in enumerate(norms_E)}
+        squares_E = _expert_squares(layer)
+        if squares_E is not None:
+            squares.setdefault("experts", []).append(squares_E.sum())
+            each_expert |= {f"grad_norm/layer.{number}.expert.{e}": norm for e, norm in enumerate(squares_E.sqrt())}
+    norms = {f"grad_norm/{name}": torch.stack(each).sum().sqrt() for name, each in squares.items()} | each_expert
     # One copy from the device for all of them.
     return dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True)) if norms else {}
 
 
 def expert_norms(layer: MoELayer) -> Tensor | None:
     """The gradient's norm by expert ``[E]``, float64; None where nothing of the experts has a gradient."""
+    squares_E = _expert_squares(layer)
+    return None if squares_E is None else squares_E.sqrt()
+
+
+def _expert_squares(layer: MoELayer) -> Tensor | None:
     grads = [parameter.grad for parameter in layer.experts.parameters() if parameter.grad is not None]
-    if not grads:
-        return None
-    return torch.stack([_square(grad, each=True) for grad in grads]).sum(0).sqrt()
+    return torch.stack([_square(grad, each=True) for grad in grads]).sum(0) if grads else None
 
 
 def _square(grad: Tensor, each: bool = False) -> Tensor:

@@ -21,8 +21,12 @@ Done = TypeVar("Done")
 Work = list[tuple[Batch, Tensor]]
 """The micro-batches of a step, each with its labels."""
 
-# How torch's CPU allocator, the C++ library and oneDNN say it; CUDA has an exception of its own.
-_SIGNS = ("can't allocate memory", "not enough memory", "bad alloc", "bad_alloc", "could not create a memory object")
+# How torch's CPU allocator, the C++ library and oneDNN say it. torch's CUDA allocator has an exception of its own;
+# a failing call of the driver (a kernel's own scratch, the context) and CUDA's libraries have a text only.
+_SIGNS = (
+    "can't allocate memory", "not enough memory", "bad alloc", "bad_alloc", "could not create a memory object",
+    "CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 
 
 class OutOfMemory(MoectlError):
@@ -94,7 +98,7 @@ class Halving:
             OutOfMemory: it is not allowed, or a micro-batch is an odd number of blocks.
         """
         while True:
-            undo = _Undo(self.model, self.layers) if self.train.halve_on_oom else None
+            undo = Undo(self.model, self.layers) if self.train.halve_on_oom else None
             said = f"out of memory at step {step}, with micro-batches of {self.blocks} block(s)"
             try:
                 return attempt()
@@ -107,22 +111,25 @@ class Halving:
             self.pieces *= 2
             self.unsaved = True
             said = f"{said}: from here on they are halved, to {self.blocks}, and twice as many"
-            self.logger.event("out_of_memory", said, step=step, micro_batch=self.blocks)
+            # `at`, not `step`: it has happened, and stays in the record of a run that takes the step back.
+            self.logger.event("out_of_memory", said, at=step, micro_batch=self.blocks)
 
     def _what_to_change(self) -> str:
         if self.blocks % 2:
             return (
                 f"Micro-batches of {self.blocks} cannot be halved. Use a smaller model, fewer experts, shorter blocks"
-                " (data.block_size) or train.precision=bfloat16."
+                " (data.block_size), train.activation_checkpointing=true or"
+                " train.precision=bfloat16."
             )
         accumulated = self.train.grad_accum * self.pieces * 2
         return (
             f"Set train.batch_size={self.blocks // 2} and train.grad_accum={accumulated}, which keeps the tokens per"
-            " step, or train.halve_on_oom=true, which does so when it must."
+            " step, or train.halve_on_oom=true, which does so when it must; or train.activation_checkpointing=true,"
+            " which keeps the micro-batch and takes up to a third more time."
         )
 
 
-class _Undo:
+class Undo:
     """What gradients are computed from beside weights and data: generators and buffers, as they are now."""
 
     def __init__(self, model: nn.Module, layers: Mapping[int, MoELayer]) -> None:

@@ -5,7 +5,7 @@ Shape suffixes: N domains, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,9 +53,19 @@ class Check:
     counts: dict[int, Tensor]
     payload: dict[str, Any]
 
+    def events(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """Each as the run's record takes it: kind, sentence, details."""
+        for finding in self.findings:
+            details = {"layer": finding.layer, "expert": finding.expert, "taxon": finding.kind}
+            yield "collapse" if finding.collapsed else "imbalance", str(finding), details
+        for large in self.large_logits:
+            yield "router_logits", str(large), {"layer": large.layer}
+
 
 class RoutingMonitor:
-    """Counts since the last check, on the CPU; part of a checkpoint, so that a resumed run checks alike.
+    """Counts since the last check; part of a checkpoint, so that a resumed run checks alike.
+
+    They are where the layers are: adding to them waits for nothing.
 
     Args:
         layers: MoE layers by layer number; none for a dense model.
@@ -65,33 +75,37 @@ class RoutingMonitor:
 
     def __init__(self, layers: Mapping[int, MoELayer], domains: Sequence[str], collapse: CollapseConfig) -> None:
         self.layers, self.domains = layers, list(domains)
-        self.detector = CollapseDetector(collapse)
+        self.detector = CollapseDetector(collapse, layers)
         self.pairs = PairWatch(collapse, layers)
         #: Which experts the last step's tokens chose together, by layer ``[E, E]``; None where it was not counted.
         self.together: dict[int, Tensor | None] = {}
         self.tokens = 0
         self.warned: set[int] = set()
         self.counts_NE = {
-            number: torch.zeros(len(self.domains), layer.router.num_experts, dtype=torch.int64)
+            number: torch.zeros(
+                len(self.domains), layer.router.num_experts, dtype=torch.int64, device=layer.router.weight.device
+            )
             for number, layer in layers.items()
         }
         #: Mean |logit| summed over tokens, and assignments dropped; per layer, since the last check.
-        self.logit_abs = {number: torch.zeros((), dtype=torch.float64) for number in layers}
-        self.dropped = {number: torch.zeros((), dtype=torch.int64) for number in layers}
+        self.logit_abs = {
+            n: torch.zeros_like(counts[0, 0], dtype=torch.float64) for n, counts in self.counts_NE.items()
+        }
+        self.dropped = {n: torch.zeros_like(counts[0, 0]) for n, counts in self.counts_NE.items()}
 
     def add(self, routing: StepRouting, tokens: int) -> None:
         """Add one optimizer step that routed ``tokens`` tokens."""
         for number, step in routing.steps.items():
-            self.counts_NE[number] += step.counts_NE.cpu()
-            self.logit_abs[number] += step.logit_abs.cpu()
+            self.counts_NE[number] += step.counts_NE
+            self.logit_abs[number] += step.logit_abs
             if step.dropped is not None:
-                self.dropped[number] += step.dropped.cpu()
+                self.dropped[number] += step.dropped
             self.together[number] = step.together_EE
         self.tokens += tokens
 
     def check(self) -> Check:
         """What is to be said about the time since the last check; then counting starts anew."""
-        counts = {number: counts_NE.sum(0) for number, counts_NE in self.counts_NE.items()}
+        counts = {number: counts_NE.sum(0).cpu() for number, counts_NE in self.counts_NE.items()}
         experts_choose = {number for number, layer in self.layers.items() if not layer.router.token_choice}
         pairs = {number: self.pairs.check(number, self.together.get(number)) for number in self.layers}
         found = {number: pair for number, pair in pairs.items() if pair is not None}

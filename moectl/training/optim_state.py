@@ -8,15 +8,22 @@ and numbers per parameter (AdamW, SGD, Muon, ...).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moectl.errors import CheckError
 
 NamedParameters = Mapping[str, nn.Parameter] | Iterable[tuple[str, nn.Parameter]]
+
+# Optimizers whose kernels read a parameter's tensors element by element and look at no shape: what these hold of a
+# parameter, one set or the other, and what may be there besides.
+_ADAM = {"step", "exp_avg", "exp_avg_sq"}
+_LAYOUTS: dict[str, list[set[str]]] = {"AdamW": [_ADAM], "MuonAdamW": [_ADAM, {"momentum"}]}
+_EXTRA = {"max_exp_avg_sq", "master"}
 
 
 def pack_optimizer(optimizer: Optimizer, named_params: NamedParameters) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -101,17 +108,21 @@ def _names(optimizer: Optimizer, named_params: NamedParameters) -> dict[int, str
 
 
 def _split(prefix: str, values: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Move tensors into ``tensors`` under ``prefix/key``; the keys and the plain values are returned."""
-    keys, plain = [], {}
+    """Move tensors into ``tensors`` under ``prefix/key``; what each is, by key, and the plain values are returned."""
+    kinds, plain = {}, {}
     for key, value in values.items():
         if isinstance(value, Tensor):
-            keys.append(key)
+            kinds[key] = _kind(value)
             tensors[f"{prefix}/{key}"] = value.detach()
         elif _is_plain(value):
             plain[key] = value
         else:
             raise ValueError(f"optimizer state '{prefix}/{key}' is a {type(value).__name__}: cannot be saved")
-    return {"tensors": keys, "values": plain}
+    return {"tensors": kinds, "values": plain}
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {tensor.dtype}"
 
 
 def _is_plain(value: Any) -> bool:
@@ -129,22 +140,44 @@ def _problems(
 ) -> list[str]:
     """Everything that keeps ``state`` from fitting, one line each."""
     found: list[str] = []
-    expected: set[str] = set()
+    expected: dict[str, str] = {}
     for index, (group, packed) in enumerate(zip(optimizer.param_groups, state["groups"], strict=True)):
         live = {names[id(param)]: param for param in group["params"]}
         found += _difference(f"parameter of group {index}", live.keys(), packed["params"])
         options = group.keys() - {"params", "param_names"}
         found += _difference(f"option of group {index}", options, (*packed["tensors"], *packed["values"]))
-        expected |= {f"group.{index}/{key}" for key in packed["tensors"]}
+        expected |= {f"group.{index}/{key}": kind for key, kind in packed["tensors"].items()}
         for name in packed["params"]:
             entry = state["params"][name]
             param = live.get(name)
             have = f"{entry['shape']} {entry['dtype']}"
-            if param is not None and have != (want := f"{list(param.shape)} {param.dtype}"):
+            if param is not None and have != (want := _kind(param)):
                 found.append(f"differs: {name} is {have} in the checkpoint, {want} in the model")
             if entry["state"] is not None:
-                expected |= {f"{name}/{key}" for key in entry["state"]["tensors"]}
-    return found + _difference("tensor", expected, tensors)
+                kinds = entry["state"]["tensors"]
+                expected |= {f"{name}/{key}": kind for key, kind in kinds.items()}
+                if param is not None and type(optimizer).__name__ in _LAYOUTS:
+                    found += _unfit(name, kinds, param, _LAYOUTS[type(optimizer).__name__])
+    found += _difference("tensor", expected, tensors)
+    return found + [
+        f"differs: {name} is {_kind(tensors[name])}, not {kind} as it was saved"
+        for name, kind in expected.items()
+        if name in tensors and _kind(tensors[name]) != kind
+    ]
+
+
+def _unfit(name: str, kinds: Mapping[str, str], param: nn.Parameter, layouts: Collection[set[str]]) -> list[str]:
+    """Why these are not the tensors that the optimizer keeps beside ``param``: its kernels take them as they are."""
+    found = []
+    if not any(kinds.keys() - _EXTRA == layout for layout in layouts):
+        found.append(f"differs: {name} has the state {', '.join(sorted(kinds))}")
+    shape = list(param.shape)
+    moments = {f"{shape} {dtype}" for dtype in (param.dtype, torch.promote_types(param.dtype, torch.float32))}
+    for key, kind in kinds.items():
+        fitting = {"[] torch.float32"} if key == "step" else moments
+        if kind not in fitting:
+            found.append(f"differs: {name}/{key} is {kind} in the checkpoint, not {' or '.join(sorted(fitting))}")
+    return found
 
 
 def _difference(kind: str, wanted: Iterable[str], given: Iterable[str]) -> list[str]:

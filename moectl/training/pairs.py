@@ -1,6 +1,6 @@
 """Pairs of experts that are one: always chosen together, or grown into the same weights.
 
-Looked at in the one step before a check, so that every other step costs nothing.
+Choices are counted in the one step before a check, so that every other step costs nothing.
 Shape suffixes: T tokens, K slots, E experts, P parameters of an expert.
 """
 
@@ -55,9 +55,11 @@ class PairWatch:
 
     - *Together*: of the tokens that chose either expert more than ``max_together`` chose both. Only of experts
       that ``min_expected_count`` tokens chose, and not where the mean over all pairs is above half the bound: with
-      k close to E chance alone comes near it.
-    - *Alike*: the cosine of their weights is above ``max_cosine``, after it has been below: experts that began as
-      copies of one MLP, or one that was revived from another, are alike until they have grown apart once.
+      k close to E chance alone comes near it. Where a step has too few tokens for that, those of the steps before
+      earlier checks count, too: all until they are enough, then half as much at every further check.
+    - *Alike*: the cosine of their weights is above ``max_cosine``, after it has been at most
+      ``1 - 2·(1 - max_cosine)``. Experts that began as copies of one MLP, or one that was revived from another,
+      pass the bound slowly and to and fro as they grow apart: they are alike until they have been well below it.
     """
 
     def __init__(self, config: CollapseConfig, layers: Mapping[int, MoELayer]) -> None:
@@ -65,18 +67,32 @@ class PairWatch:
         experts = {number: layer.experts.num_experts for number, layer in layers.items()}
         #: Pairs that have been apart, ``[E, E]`` bool by layer.
         self.apart = {number: torch.zeros(count, count, dtype=torch.bool) for number, count in experts.items()}
+        #: Tokens that chose both of two experts, ``[E, E]`` int64 by layer, over as many checks as it takes.
+        self.chosen = {number: torch.zeros(count, count, dtype=torch.int64) for number, count in experts.items()}
 
     @torch.no_grad()
     def check(self, number: int, together_EE: Tensor | None) -> Pair | None:
         """The worst pair of layer ``number``: by weight, or by what the last step chose together, if it was counted."""
         cosines_EE = expert_cosines(self.layers[number]).cpu()
         apart_EE = self.apart[number]
-        apart_EE |= cosines_EE <= self.config.max_cosine  # a cosine that is not finite proves nothing
+        apart_EE |= cosines_EE <= 2 * self.config.max_cosine - 1  # a cosine that is not finite proves nothing
+        both_EE = None if together_EE is None else self._gather(number, together_EE.cpu())
         alike = _largest(torch.where(apart_EE, cosines_EE, 0.0), self.config.max_cosine)
         if alike is not None:
             return Pair(*alike[:2], "alike", alike[2])
-        together = None if together_EE is None else self._together(together_EE.cpu().double())
+        together = None if both_EE is None else self._together(both_EE.double())
         return None if together is None else Pair(*together[:2], "together", together[2])
+
+    def _gather(self, number: int, now_EE: Tensor) -> Tensor:
+        """The layer's counts with those of this check: what is judged now."""
+        enough = self.config.min_expected_count
+        before_EE = self.chosen[number]
+        if _even_load(now_EE) >= enough:
+            before_EE.zero_()
+        elif _even_load(before_EE) >= enough:
+            before_EE //= 2
+        before_EE += now_EE
+        return before_EE
 
     def _together(self, both_EE: Tensor) -> tuple[int, int, float] | None:
         chosen_E = both_EE.diagonal()
@@ -93,15 +109,21 @@ class PairWatch:
         """These experts begin as copies: they are alike until they have been apart again."""
         for expert in experts:
             self.apart[number][expert, :] = self.apart[number][:, expert] = False
+            self.chosen[number][expert, :] = self.chosen[number][:, expert] = 0
 
     def tensors(self) -> dict[str, Tensor]:
-        """The pairs that have been apart, by name, for a checkpoint."""
-        return {f"apart.{number}": apart_EE for number, apart_EE in self.apart.items()}
+        """The pairs that have been apart, and what was chosen together, by name, for a checkpoint."""
+        named = {f"apart.{number}": apart_EE for number, apart_EE in self.apart.items()}
+        return named | {f"together.{number}": chosen_EE for number, chosen_EE in self.chosen.items()}
+
+
+def _even_load(both_EE: Tensor) -> float:
+    return float(both_EE.diagonal().double().mean())
 
 
 def _largest(values_EE: Tensor, bound: float) -> tuple[int, int, float] | None:
     """The largest value above the diagonal, where it is above ``bound``: row, column, value."""
-    upper_EE = values_EE.triu(1)
+    upper_EE = values_EE.nan_to_num(nan=0.0).triu(1)
     place = int(upper_EE.argmax())
     value = float(upper_EE.flatten()[place])
     return (*divmod(place, values_EE.shape[0]), value) if value > bound else None

@@ -84,6 +84,30 @@ class Best(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Speed:
+    """How fast one process trained.
+
+    Attributes:
+        precision: that was computed in; not what was asked for where the device has it not.
+        seconds: by part: data, forward, backward, optimizer, checkpoint, evaluation.
+        flops_per_token: of forward and backward, with the parameters that a token uses; None where nobody said.
+        mfu: share of the device's peak over all training steps; None where that is not known.
+        peak: FLOP/s that ``mfu`` is a share of. about: where that comes from.
+        graphs: compiled; None without ``train.compile``, 0 where that failed at once. late_graphs: after the second
+            step.
+    """
+
+    precision: str
+    seconds: dict[str, float]
+    flops_per_token: float | None = None
+    mfu: float | None = None
+    peak: float | None = None
+    about: str | None = None
+    graphs: int | None = None
+    late_graphs: int | None = None
+
+
+@dataclass(frozen=True)
 class TrainResult:
     """How a run ended.
 
@@ -96,6 +120,7 @@ class TrainResult:
         train_seconds: time in optimizer steps only, this process (no evaluation, no checkpoints).
         train_tokens: tokens trained on in that time.
         best: the lowest held-out LM loss, whose checkpoint is kept.
+        speed: what this process computed with and how fast, for the record.
     """
 
     status: Status
@@ -106,3 +131,4 @@ class TrainResult:
     train_seconds: float = 0.0
     train_tokens: int = 0
     best: Best | None = None
+    speed: Speed | None = None

@@ -92,9 +92,10 @@ class Revival:
     def _revive(self, layer: MoELayer, expert: int, source: int, generator: torch.Generator) -> None:
         for parameter, dim in _per_expert(layer):
             parameter.select(dim, expert).copy_(_copy_of(parameter.select(dim, source), self.noise, generator))
-            for state in self.optimizer.state.get(parameter, {}).values():
+            for key, state in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(state, Tensor) and state.shape == parameter.shape:
-                    state.select(dim, expert).zero_()
+                    part = state.select(dim, expert)
+                    part.copy_(parameter.select(dim, expert)) if key == "master" else part.zero_()
         for name, buffer in layer.router.named_buffers():
             if buffer.shape == (layer.router.num_experts,) and buffer.is_floating_point():
                 # A balancing bias has been pulled far up by then; another state per expert goes with its gate row.

@@ -1,4 +1,4 @@
-"""Device, threads, seeds and precision: what surrounds the arithmetic."""
+"""Device, threads, seeds and memory: what surrounds the arithmetic."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import random
 import resource
 import sys
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -55,18 +54,6 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def precision_context(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Autocast for bfloat16; nothing for full precision. Router arithmetic stays in float32 by itself."""
-    if precision == "bfloat16":
-        return torch.autocast(device_type=device.type, dtype=torch.bfloat16)
-    return nullcontext()
-
-
-def parameter_dtype(precision: str) -> torch.dtype:
-    """Master weights are float32 unless the run is a float64 one."""
-    return torch.float64 if precision == "float64" else torch.float32
 
 
 def peak_memory_bytes(device: torch.device) -> int:

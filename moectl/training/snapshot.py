@@ -5,7 +5,7 @@
     model       parameters and buffers: weights, balancing biases, thresholds, the step of the router's noise
     optimizer   moments and step counts, by parameter name
     rng         Python, NumPy, torch, every CUDA device
-    routing     counts since the last check, by domain and expert; pairs of experts that have been apart
+    routing     counts since the last check, by domain and expert; what is known of pairs of experts
     state.json  step, tokens, the data cursor (the order of an epoch is a function of seed and epoch), collapse
                 counters, the window of the spike rule, capacity factors, the gradient scaler, how micro-batches are
                 cut, the best held-out loss, the newest metrics, how far the record goes, how the run ended
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from moectl.errors import CheckError, ConfigError
 from moectl.training import diagnose, optim_state, rng, state
+from moectl.training.memory import is_out_of_memory
 from moectl.training.protocol import Best, Ending
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def pack(trainer: Trainer) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]
         "monitor": trainer.monitor.state_dict(),
         "capacity": trainer.capacity.state_dict(),
         "spikes": trainer.spikes.state_dict(),
-        "scaler": None if trainer.scaler is None else trainer.scaler.state_dict(),
+        "scaler": None if trainer.precision.scaler is None else trainer.precision.scaler.state_dict(),
         "pieces": trainer.halving.pieces,
         "best": None if trainer.best is None else trainer.best._asdict(),
         "last": trainer.last,
@@ -101,8 +102,16 @@ def unpack(trainer: Trainer, checkpoint: state.Checkpoint) -> None:
         raise CheckError(f"the checkpoint {name} says in state.json that it is of step {saved['step']}")
     try:
         _restore(trainer, saved, tensors)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        if is_out_of_memory(error):  # says nothing of the checkpoint
+            raise
         raise CheckError(f"the checkpoint {name} does not hold what it should: {error!r}") from error
+
+
+def unsaved_buffers(model: Any) -> dict[str, Tensor]:
+    """Copies of the buffers that no checkpoint holds (``persistent=False``), by name."""
+    saved = model.state_dict().keys()
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if name not in saved}
 
 
 def world_size() -> int:
@@ -113,23 +122,60 @@ def world_size() -> int:
 
 def _restore(trainer: Trainer, saved: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
     state.load_model_strict(trainer.model, tensors["model"])
+    # What a step that is rolled back has left in them is of no use to the run that is resumed, which has new ones.
+    buffers: dict[str, Tensor] = dict(trainer.model.named_buffers())
+    for name, tensor in trainer.unsaved.items():
+        buffers[name].copy_(tensor)
     optim_state.unpack_optimizer(
         trainer.optimizer, trainer.model.named_parameters(), tensors["optimizer"], saved["optimizer"]
     )
+    _refuse_impossible(trainer, saved)
     trainer.sampler.load_state_dict(saved["sampler"])
     _same_names("the checkpoint: routing counts", trainer.monitor.tensors(), tensors["routing"])
     trainer.monitor.load(saved["monitor"], tensors["routing"])
     trainer.capacity.load_state_dict(saved["capacity"])
     trainer.spikes.load_state_dict(saved["spikes"])
-    if (saved["scaler"] is None) != (trainer.scaler is None):
+    if (saved["scaler"] is None) != (trainer.precision.scaler is None):
         raise CheckError("the checkpoint and this run disagree about a gradient scaler")
-    if trainer.scaler is not None:
-        trainer.scaler.load_state_dict(saved["scaler"])
+    if trainer.precision.scaler is not None:
+        trainer.precision.scaler.load_state_dict(saved["scaler"])
     trainer.step, trainer.tokens, trainer.halving.pieces = (int(saved[key]) for key in ("step", "tokens", "pieces"))
     trainer.best = None if saved["best"] is None else Best(**saved["best"])
     trainer.last = dict(saved["last"])
     trainer.ending = None if saved["ending"] is None else Ending(*saved["ending"])
     rng.restore_rng(tensors["rng"])
+
+
+def _refuse_impossible(trainer: Trainer, saved: Mapping[str, Any]) -> None:
+    """Raise CheckError for what no run of this config comes to, though each value is of its type."""
+    step, tokens, position, record = saved["step"], saved["tokens"], saved["sampler"]["position"], saved["record"]
+    best, moments = saved["best"], [entry["state"] for entry in saved["optimizer"]["params"].values()]
+    wrong = [
+        said
+        for holds, said in (
+            (tokens == step * trainer.step_tokens, f"{tokens} tokens at step {step}"),
+            (_count(position) and position * trainer.data.manifest.block_size >= tokens, f"the data cursor {position}"),
+            # Where a float16 gradient overflows, steps pass without the weights being moved.
+            (step == 0 or trainer.precision.scaler is not None or any(moments), "an optimizer without any state"),
+            (
+                record.keys() == trainer.logger.position().keys() and all(map(_count, record.values())),
+                f"record {record}",
+            ),
+            (best is None or (_count(best["step"]) and _number(best["value"])), f"the best evaluation {best}"),
+            (_count(saved["pieces"]) and saved["pieces"] > 0, f"micro-batches in {saved['pieces']} pieces"),
+        )
+        if not holds
+    ]
+    if wrong:
+        raise CheckError(f"the checkpoint cannot be one of this run: it has {', '.join(wrong)}")
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float)
 
 
 def _same_names(what: str, expected: Iterable[str], found: Iterable[str]) -> None:

@@ -7,13 +7,17 @@ state is part of a checkpoint, so that a resumed run finds the same spikes.
 
 from __future__ import annotations
 
-import statistics
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from moectl.config.guards import SpikeConfig
+
+FLAT = 1e-6
+"""Share of the mean that a spike is above it at the least."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +61,20 @@ class SpikeRule:
 
     The window holds the last ``window`` losses of steps that moved the weights: a skipped step's loss is not in
     it, a reported one is, so that a loss that stays high is soon normal. The deviation is the sample's
-    (``n - 1``). A loss that is not finite is no spike but a failure, and is told elsewhere.
+    (``n - 1``), and at least a millionth of the mean: a loss that is flat to the last bits has no spikes in them.
+    A loss that is not finite is no spike but a failure, and is told elsewhere.
+
+    Attributes:
+        used: skips or rollbacks since the last whole window without a spike.
+        clean: steps without one since then. Steps that a rollback has done again are not new ones: they count from
+            ``furthest`` on.
+        furthest: the highest step that had a spike; ``used`` and it are what a rollback does not take back.
     """
 
     def __init__(self, config: SpikeConfig) -> None:
         self.config = config
         self.losses: deque[float] = deque(maxlen=config.window)
-        self.used = 0
-        """Skips or rollbacks since the last whole window without a spike."""
-        self.clean = 0
+        self.used = self.clean = self.furthest = 0
 
     def look(self, step: int, loss: float) -> Spike | None:
         """Take the loss of step ``step`` in; the spike that it is, or None."""
@@ -75,30 +84,42 @@ class SpikeRule:
         if spike is None or spike.action == "report":
             self.losses.append(loss)
         if spike is None:
-            self.clean += 1
+            self.clean += step > self.furthest
             if self.clean >= self.config.window:
                 self.used = 0
             return None
-        self.clean = 0
+        self.clean, self.furthest = 0, max(self.furthest, step)
         self.used += spike.action in ("skip", "rollback")
         return spike
 
     def _judge(self, step: int, loss: float) -> Spike | None:
         if len(self.losses) < self.config.window:
             return None
-        mean = statistics.fmean(self.losses)
-        bound = mean + self.config.std * statistics.stdev(self.losses, mean)
+        mean, deviation = self._mean_and_deviation()
+        bound = mean + max(self.config.std * deviation, FLAT * abs(mean))
         if not loss > bound:
             return None
         acts = self.config.action != "report"
         action = "fail" if acts and self.used >= self.config.limit else self.config.action
         return Spike(step, loss, mean, bound, action)
 
+    def _mean_and_deviation(self) -> tuple[float, float]:
+        """Of the window, in float64 and two passes: 0.1 ms for ten thousand losses, where exact sums take 3."""
+        losses = np.fromiter(self.losses, dtype=np.float64, count=len(self.losses))
+        return float(losses.mean()), float(losses.std(ddof=1))
+
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"losses": list(self.losses), "used": self.used, "clean": self.clean}
+        return {"losses": list(self.losses), "used": self.used, "clean": self.clean, "furthest": self.furthest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue with a checkpoint's window and counts."""
-        self.losses = deque(state["losses"], maxlen=self.config.window)
-        self.used, self.clean = state["used"], state["clean"]
+        """Continue with a checkpoint's window and counts.
+
+        Raises:
+            KeyError, TypeError, ValueError: they are not what ``state_dict`` gives.
+        """
+        losses = [float(loss) for loss in state["losses"] if not isinstance(loss, str)]
+        if len(losses) != len(state["losses"]):
+            raise TypeError("a loss of the spike rule's window is no number")
+        self.losses = deque(losses, maxlen=self.config.window)
+        self.used, self.clean, self.furthest = (int(state[key]) for key in ("used", "clean", "furthest"))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import secrets
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,7 @@ from moectl.training.checkpoint_root import (
     prune,
     publish,
     restore_replaced,
+    restored_steps,
     set_aside,
     step_name,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "newest_usable",
     "pack_optimizer",
     "restore_rng",
+    "restored_steps",
     "rng_state",
     "save_checkpoint",
     "step_name",
@@ -166,39 +168,35 @@ def newest_usable(
         CheckError: there are some, and every one is bad; or what ``use`` said of the newest.
     """
     messages: list[str] = []
-    refused: list[tuple[Path, CheckError]] = []
-    unreadable: MoectlError | None = None
+    refused: dict[Path, tuple[str, CheckError]] = {}
+    unreadable: dict[Path, MoectlError] = {}
     try:
-        # Nobody may save, replace or prune meanwhile: a folder in motion would look damaged.
-        with locked(root):
-            with suppress(OSError):
-                restore_replaced(root)
-            for step in reversed(checkpoint_steps(root)):
-                folder = root / step_name(step)
-                try:
-                    checkpoint = load_checkpoint(folder, parts=parts)
-                except CheckError as error:
-                    messages.append(f"{set_aside(folder)}: {error.message}")
-                    continue
-                except MoectlError as error:
-                    if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in _UNREADABLE:
-                        raise
-                    unreadable = unreadable or error
-                    messages.append(f"checkpoint {folder.name} is skipped: {error.message}")
-                    continue
-                try:
-                    used = use(checkpoint)
-                except CheckError as error:
-                    refused.append((folder, error))
-                    continue
-                messages += [f"{set_aside(folder)}: {error.message}" for folder, error in refused]
-                return checkpoint, used, messages
+        while True:
+            # Nobody may save, replace or prune while it is read: a folder in motion would look damaged.
+            with locked(root):
+                with suppress(OSError):
+                    restore_replaced(root)
+                checkpoint = _next_intact(root, refused.keys(), unreadable, messages, parts)
+                sha256 = "" if checkpoint is None else checkpoint.sha256
+            if checkpoint is None:
+                break
+            try:
+                used = use(checkpoint)
+            except CheckError as refusal:
+                refused[checkpoint.folder] = sha256, refusal
+                continue
+            with locked(root) if refused else nullcontext():
+                for folder, (read_sha256, problem) in refused.items():
+                    with suppress(OSError):  # it may be another one by now, or none
+                        if files.describe(folder / files.MANIFEST)["sha256"] == read_sha256:
+                            messages.append(f"{set_aside(folder)}: {problem.message}")
+            return checkpoint, used, messages
     except FileNotFoundError as error:
         raise NotFoundError(f"there is no checkpoint folder {root}", _available(root)) from error
     except OSError as error:
         raise _read_error(root, error) from error
-    if refused or unreadable:
-        raise refused[0][1] if refused else unreadable  # type: ignore[misc]
+    for why in (*(each for _, each in refused.values()), *unreadable.values()):
+        raise why
     if not messages:
         raise NotFoundError(f"there is no checkpoint in {root}", _available(root))
     raise CheckError(
@@ -207,9 +205,34 @@ def newest_usable(
     )
 
 
+def _next_intact(
+    root: Path,
+    passed: Collection[Path],
+    unreadable: dict[Path, MoectlError],
+    messages: list[str],
+    parts: Collection[str] | None,
+) -> Checkpoint | None:
+    """The newest that verifies, but for those ``passed``: what is bad is set aside, what may not be read noted."""
+    for step in reversed(checkpoint_steps(root)):
+        folder = root / step_name(step)
+        if folder in passed or folder in unreadable:
+            continue
+        try:
+            return load_checkpoint(folder, parts=parts)
+        except CheckError as error:
+            messages.append(f"{set_aside(folder)}: {error.message}")
+        except MoectlError as error:
+            if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in _UNREADABLE:
+                raise
+            unreadable[folder] = error
+            messages.append(f"checkpoint {folder.name} is skipped: {error.message}")
+    return None
+
+
 def keep_checkpoints(root: Path, *, keep: int, protect: Collection[int] = ()) -> None:
-    """Remove all but the newest ``keep`` and ``protect``."""
+    """Remove all but the newest ``keep`` and ``protect``, and what killed processes left behind."""
     with locked(root):
+        clean(root)
         prune(root, {*checkpoint_steps(root)[-keep:], *protect})
 
 

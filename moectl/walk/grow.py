@@ -10,13 +10,17 @@ from typing import Any
 import torch
 
 from moectl.errors import CheckError, ConfigError
-from moectl.hf.folder import is_folder, load_folder, refuse_existing, save_folder
-from moectl.hf.growth import extend_model, multiply_model
+from moectl.hf.exact import exact_copy
+from moectl.hf.folder import is_folder, load_folder, save_folder
+from moectl.hf.growth import extend_model, mixture_of, multiply_model
+from moectl.hf.lora import merge
+from moectl.hf.new_folder import refuse_existing
 from moectl.hf.pretrained import TOKENIZER_FILES
 from moectl.models.accounting import BACKWARD, Flops, ParameterCount, count, forward_flops, weight_bytes
+from moectl.models.growth import changes, own_top_k
 from moectl.models.language_model import LanguageModel
 from moectl.walk.loading import load_run
-from moectl.walk.receipt import TOLERANCES, logits_in, measure_dense, row_length, shape_of
+from moectl.walk.receipt import DTYPES, TOLERANCES, Dense, logits_in, logits_of, measure_dense, row_length, shape_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Growth:
         times: every expert becomes so many; 1 for none.
         parts: each of these keeps a part of the neurons, so that a token costs what it did.
         add: new experts, closed until the first optimizer step.
-        noise: of the added ones, which are copies, in standard deviations of each matrix.
+        noise: of added experts, which are copies, in standard deviations of each matrix; of whole copies that a token
+            visits together, in those of ``down_proj``, cancelling in their sum.
     """
 
     times: int = 1
@@ -55,7 +60,10 @@ class GrowthReceipt:
     Attributes:
         base: what was grown.
         num_experts, top_k, expert_size: ``before`` and ``after``.
-        error: max |Δlogit| by dtype, on ``tokens`` seeded tokens in eval mode; within rounding, or nothing is written.
+        error: max |Δlogit| by dtype, on ``tokens`` seeded tokens in eval mode, of the model turned into that dtype and
+            then grown; within rounding, or nothing is written.
+        rounding: max |Δlogit| in float64 of the grown model as it is: what its own ``dtype`` made of scaled matrices.
+        notes: what else has changed, in sentences.
         flops: forward, per token, in rows of ``length`` tokens.
     """
 
@@ -66,6 +74,9 @@ class GrowthReceipt:
     layers: tuple[int, ...]
     tokens: int
     error: Mapping[str, float]
+    rounding: float
+    dtype: str
+    notes: tuple[str, ...]
     length: int
     parameters: Mapping[str, ParameterCount]
     flops: Mapping[str, Flops]
@@ -77,6 +88,7 @@ class GrowthReceipt:
         return {
             **plain,
             "layers": list(self.layers),
+            "notes": list(self.notes),
             "parameters": {when: counted.to_json() for when, counted in self.parameters.items()},
             "flops": {
                 when: {"forward": flops.to_json(), "training": flops.total * (1 + BACKWARD)}
@@ -98,6 +110,8 @@ class GrowthReceipt:
             (
                 f"{self.base}: {sizes[0]}, became {sizes[1]}, in layers {', '.join(map(str, self.layers))}",
                 f"max |Δlogit|   {errors} ({self.tokens} tokens): the same function",
+                f"rounding       {self.rounding:.3g} once its matrices are {self.dtype}",
+                *(f"note           {note}" for note in self.notes),
                 f"parameters     {after.total:,} in total (before: {before.total:,}),"
                 f" {after.active:,} active per token (before: {before.active:,})",
                 f"FLOPs / token  {self.flops['after'].total:,.0f} forward ({ratio:.4f} of before)",
@@ -118,13 +132,13 @@ def grow_to_folder(base: str, out: Path, growth: Growth, *, seed: int = 0) -> Gr
     refuse_existing(out)
     model, beside = _open(base)
     receipt = grow(model, growth, base=base, seed=seed)
-    # Multiplied experts may have scaled matrices, which round in the model's own dtype, as parts do.
-    for name, tolerance in TOLERANCES["copy" if growth.add else "split"].items():
+    for name, tolerance in TOLERANCES["copy"].items():
         error = receipt.error[name]
         if not error <= tolerance:
             raise CheckError(
                 f"the grown model's logits differ by {error:.3g} in {name}: it is not the same function",
-                "Nothing was written. This is a mistake in moectl or in the router: please report it.",
+                "Nothing was written. Choose a smaller --noise; without any, this is a mistake in moectl or in the"
+                " router: please report it.",
             )
     save_folder(model, out, receipt=receipt.to_json(), beside=beside)
     return receipt
@@ -137,24 +151,53 @@ def grow(model: LanguageModel, growth: Growth, *, base: str, seed: int = 0) -> G
         ConfigError: no experts, or a router that cannot be grown.
     """
     growth.check()
-    before = _numbers(model)
+    before, moe = _numbers(model), mixture_of(model)
     measured = measure_dense(model, seed=seed)
-    if growth.add:
-        extend_model(model, growth.add, noise=growth.noise, generator=torch.Generator().manual_seed(seed))
-    else:
-        multiply_model(model, growth.times, parts=growth.parts)
+    # Turned into the dtype before growing: scaled matrices round in the model's own, which is no other function.
+    error = {name: _error(exact_copy(model, dtype), growth, measured, seed) for name, dtype in DTYPES.items()}
+    _apply(model, growth, seed)
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
+        raise CheckError("the grown experts' weights are not finite", "Choose a smaller --noise.")
     after = _numbers(model)
+    exact = logits_in(model, measured.ids, torch.float64)
     return GrowthReceipt(
         base=base,
         layers=tuple(model.moe_layers()),
         tokens=measured.ids.numel(),
-        error={
-            name: float((logits_in(model, measured.ids, logits.dtype) - logits).abs().max())
-            for name, logits in measured.logits.items()
-        },
+        error=error,
+        rounding=float((exact - measured.logits["float64"]).abs().max()),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        notes=(*changes(moe, mixture_of(model)), *_copies(model, growth)),
         length=row_length(model),
         **{key: {"before": before[key], "after": after[key]} for key in before},
     )
+
+
+def _apply(model: LanguageModel, growth: Growth, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    if growth.add:
+        extend_model(model, growth.add, noise=growth.noise, generator=generator)
+    else:
+        multiply_model(model, growth.times, parts=growth.parts, noise=growth.noise, generator=generator)
+
+
+def _error(copied: LanguageModel, growth: Growth, measured: Dense, seed: int) -> float:
+    """Of a copy in one dtype, which is grown."""
+    dtype = next(copied.parameters()).dtype
+    _apply(copied, growth, seed)
+    logits = measured.logits[str(dtype).removeprefix("torch.")]
+    return float((logits_of(copied, measured.ids) - logits).abs().max())
+
+
+def _copies(model: LanguageModel, growth: Growth) -> tuple[str, ...]:
+    """What parts the copies of one expert."""
+    if growth.add or growth.parts:
+        return ()
+    if own_top_k(next(iter(model.moe_layers().values())).router) == 1:
+        return ("the copies of an expert are the same: a token visits one of them, and training parts them",)
+    if not growth.noise:
+        return ("the copies of an expert are the same, and may stay so: --noise parts them",)
+    return (f"the copies of an expert differ by {growth.noise:g} standard deviations, which cancel in their sum",)
 
 
 def _numbers(model: LanguageModel) -> dict[str, Any]:
@@ -164,7 +207,7 @@ def _numbers(model: LanguageModel) -> dict[str, Any]:
     first = next(iter(layers.values()))
     return {
         "num_experts": first.experts.num_experts,
-        "top_k": first.router.top_k,
+        "top_k": own_top_k(first.router),
         "expert_size": first.experts.intermediate_size,
         "parameters": count(model),
         "flops": forward_flops(shape_of(model), layers.values(), length=row_length(model)),
@@ -179,5 +222,5 @@ def _open(base: str) -> tuple[LanguageModel, list[Path]]:
         model, tokenizer = load_folder(folder), folder
     else:
         loaded = load_run(base)
-        model, tokenizer = loaded.model, loaded.data
+        model, tokenizer = merge(loaded.model), loaded.data
     return model, [tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).is_file()]

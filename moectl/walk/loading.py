@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moectl.config.schema import ExperimentConfig
+from moectl.config.schema import ExperimentConfig, MoEConfig
+from moectl.corpus.manifest import TOKENIZER_FILE
 from moectl.errors import CheckError, NotFoundError
-from moectl.hf.folder import build_described
+from moectl.hf.folder import build_described, with_kept_router, with_moe
 from moectl.models.language_model import LanguageModel
 from moectl.runs.find import find_run
 from moectl.runs.rundir import RunDir
 from moectl.runs.settings import broken_config, read_config
+from moectl.training import finetune
 from moectl.training.state import (
     Checkpoint,
     checkpoint_steps,
@@ -21,7 +23,6 @@ from moectl.training.state import (
     step_name,
 )
 from moectl.walk.data import dataset_of
-from moectl.walk.router_code import with_kept_router
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -47,28 +48,49 @@ class LoadedRun(NamedTuple):
     sha256: str
 
 
-def load_run(run: str | Path | None = None, *, step: int | None = None) -> LoadedRun:
+def load_run(run: str | Path | None = None, *, step: int | None = None, moe: MoEConfig | None = None) -> LoadedRun:
     """The model of a run (id, unique prefix or folder; None: the newest finished), at its last or a given step.
+
+    Args:
+        moe: other settings of its experts than those that it was trained with, for as many and as large ones.
 
     Raises:
         NotFoundError: no such run, dataset or checkpoint (exit code 4).
         CheckError: the checkpoint is damaged (exit code 3).
     """
     folder = find_run(run)
-    checkpoint, model, messages = _newest(folder) if step is None else _at(folder, step)
+    checkpoint, model, messages = _newest(folder, moe) if step is None else _at(folder, step, moe)
     return LoadedRun(model.eval(), folder, dataset_of(run_record(folder)), checkpoint.step, messages, checkpoint.sha256)
 
 
 def load(run: str | Path | None = None) -> tuple[LanguageModel, Tokenizer]:
-    """A run's model, ready to call or generate, and its tokenizer: ``model, tokenizer = moectl.load("RUN")``."""
-    from moectl.corpus.loader import PackedDataset
+    """A model, ready to call or generate, and its tokenizer: ``model, tokenizer = moectl.load("RUN")``.
 
-    loaded = load_run(run)
-    return loaded.model, PackedDataset.open(loaded.data, verify=False).tokenizer()
+    Args:
+        run: a run (id, unique prefix or folder; None: the newest finished), or whatever else ``--base`` takes: a
+            folder that ``moectl upcycle`` wrote, a Hugging Face folder, a GGUF file, a known name, a hub id.
+
+    Raises:
+        NotFoundError: nothing of that name, or it has no tokenizer.
+    """
+    from moectl.corpus.tokenization import load_tokenizer
+    from moectl.walk.bases import find_base, open_base
+
+    if run is None or (Path(run) / "run.json").is_file():
+        loaded = load_run(run)
+        return loaded.model, load_tokenizer(loaded.data / TOKENIZER_FILE)
+    found = find_base(str(run))
+    model = open_base(found).model
+    if found.tokenizer is None:
+        raise NotFoundError(f"{run} has no {TOKENIZER_FILE}", "Put the model's own into its folder.")
+    return model, load_tokenizer(found.tokenizer / TOKENIZER_FILE)
 
 
-def model_from(checkpoint: Checkpoint, run_folder: Path) -> LanguageModel:
+def model_from(checkpoint: Checkpoint, run_folder: Path, moe: MoEConfig | None = None) -> LanguageModel:
     """The model that a checkpoint of a run describes, with its weights in their own dtype.
+
+    Args:
+        moe: see :func:`load_run`.
 
     Raises:
         CheckError: a key is missing, unexpected or of the wrong shape, or no model is described at all.
@@ -76,7 +98,8 @@ def model_from(checkpoint: Checkpoint, run_folder: Path) -> LanguageModel:
     try:
         weights = checkpoint.tensors["model"]
         description = with_kept_router(checkpoint.state["model"], run_folder)
-        model = build_described(description)
+        model = build_described(description if moe is None else with_moe(description, moe))
+        finetune.apply(model, run_config(run_folder).finetune)  # its adapters have weights of their own
         # Not the buffers: rotary frequencies and balancing biases keep their own dtype.
         for name, parameter in model.named_parameters():
             if name in weights:  # what is missing is named below
@@ -108,14 +131,14 @@ def run_config(folder: Path) -> ExperimentConfig:
         raise broken_config(folder / "config.yaml", f"{key}: {first['msg']}" if key else first["msg"]) from None
 
 
-def _newest(folder: Path) -> tuple[Checkpoint, LanguageModel, list[str]]:
-    return newest_usable(folder / "checkpoints", lambda found: model_from(found, folder), parts=("model",))
+def _newest(folder: Path, moe: MoEConfig | None) -> tuple[Checkpoint, LanguageModel, list[str]]:
+    return newest_usable(folder / "checkpoints", lambda found: model_from(found, folder, moe), parts=("model",))
 
 
-def _at(folder: Path, step: int) -> tuple[Checkpoint, LanguageModel, list[str]]:
+def _at(folder: Path, step: int, moe: MoEConfig | None) -> tuple[Checkpoint, LanguageModel, list[str]]:
     root = folder / "checkpoints"
     if not (root / step_name(step)).is_dir():
         steps = ", ".join(str(kept) for kept in checkpoint_steps(root)) or "none"
         raise NotFoundError(f"the run {folder.name} has no checkpoint of step {step}", f"It has: {steps}.")
     checkpoint = load_checkpoint(root / step_name(step), parts=("model",))
-    return checkpoint, model_from(checkpoint, folder), []
+    return checkpoint, model_from(checkpoint, folder, moe), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moectl.config.schema import MoEConfig
+from moectl.errors import CheckError
 from moectl.hf.exact import exact_copy
 from moectl.hf.language_model import HFLanguageModel
 from moectl.models.accounting import (
@@ -19,6 +21,7 @@ from moectl.models.accounting import (
     TransformerShape,
     count,
     decoder_shape,
+    experts_per_token,
     forward_flops,
     weight_bytes,
 )
@@ -59,10 +62,14 @@ class Receipt:
     Attributes:
         base: what was upcycled; ``family`` is its kind of model.
         init: never ``auto``.
+        per_token: experts that compute a token, on average: not ``top_k`` where experts choose tokens.
         layers: numbers of the layers with experts.
         error: max |Δlogit| against the dense model, by dtype, on ``tokens`` seeded tokens in eval mode.
         largest_logit: of the dense model there, for scale.
         keeps_function: whether the errors are within rounding; None where the init does not mean to keep it.
+        training_error: the same in float64 while experts and routers are in training mode, before the first step:
+            with the router's noise, and with a capacity. The rest of the model draws nothing.
+        keeps_training: whether that is within rounding; None as above.
         parameters, flops, bytes: of both models: ``dense`` and ``moe``. FLOPs are per token, in rows of
             ``length`` tokens, ``forward`` by part and ``training`` (forward and backward) in total.
     """
@@ -73,6 +80,7 @@ class Receipt:
     router: str
     num_experts: int
     top_k: int
+    per_token: float
     n_shared_experts: int
     expert_size: int
     layers: tuple[int, ...]
@@ -81,19 +89,20 @@ class Receipt:
     error: Mapping[str, float]
     largest_logit: float
     keeps_function: bool | None
+    training_error: float
+    keeps_training: bool | None
     length: int
     parameters: Mapping[str, ParameterCount]
     flops: Mapping[str, Flops]
     bytes: Mapping[str, int]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, with stable keys; what is no finite number as its text."""
+        """Everything, with stable keys."""
         plain = {key: value for key, value in vars(self).items() if key not in ("parameters", "flops")}
         return {
             **plain,
             "layers": list(self.layers),
-            "error": {name: _finite(value) for name, value in self.error.items()},
-            "largest_logit": _finite(self.largest_logit),
+            "error": dict(self.error),
             "parameters": {name: counted.to_json() for name, counted in self.parameters.items()},
             "flops": {
                 name: {"forward": flops.to_json(), "training": flops.total * (1 + BACKWARD)}
@@ -113,9 +122,11 @@ class Receipt:
         return "\n".join(
             (
                 f"{self.base} ({self.family}): layers {layers} have {self.num_experts} experts of"
-                f" {self.expert_size:,} neurons, {self.top_k} per token{shared}, init {self.init}",
+                f" {self.expert_size:,} neurons, {self.per_token:.3g} per token{shared}, init {self.init}",
                 f"max |Δlogit|   {errors} (largest logit {self.largest_logit:.3g}, {self.tokens} tokens):"
                 f" {kept[self.keeps_function]}",
+                f"in training    {self.training_error:.3g} in float64, with the router's noise and any capacity:"
+                f" {kept[self.keeps_training]}",
                 f"parameters     {moe.total:,} in total, {moe.active:,} active per token, {moe.inactive:,} inactive"
                 f" (dense: {dense.total:,})",
                 f"FLOPs / token  {flops.total:,.0f} forward, {flops.total * (1 + BACKWARD):,.0f} with backward, rows of"
@@ -133,13 +144,23 @@ def measure_dense(model: LanguageModel, *, seed: int = 0, length: int | None = N
     Args:
         seed: of the batch's random tokens.
         length: of a row, for the FLOPs; default: 512, or all that the model takes.
+
+    Raises:
+        CheckError: a logit that is not finite.
     """
     columns = min(LENGTH, model.max_length or LENGTH)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, model.vocab_size, (ROWS, columns), generator=generator)
+    logits = {name: logits_in(model, ids, dtype) for name, dtype in DTYPES.items()}
+    for name, values in logits.items():
+        if not bool(torch.isfinite(values).all()):
+            raise CheckError(
+                f"the model's logits are not finite in {name}: its weights are damaged",
+                "Fetch or train it again; NaN in one weight is enough.",
+            )
     return Dense(
         ids=ids,
-        logits={name: logits_in(model, ids, dtype) for name, dtype in DTYPES.items()},
+        logits=logits,
         parameters=count(model),
         flops=forward_flops(shape_of(model), (), length=length or row_length(model)),
         bytes=weight_bytes(model),
@@ -149,15 +170,22 @@ def measure_dense(model: LanguageModel, *, seed: int = 0, length: int | None = N
 def write_receipt(
     dense: Dense, model: LanguageModel, moe: MoEConfig, *, base: str, seed: int = 0, length: int | None = None
 ) -> Receipt:
-    """The receipt of the upcycled ``model``, against what :func:`measure_dense` kept of the dense one."""
+    """The receipt of the upcycled ``model``, against what :func:`measure_dense` kept of the dense one.
+
+    Raises:
+        CheckError: the upcycled model's logits are not finite.
+    """
+    exact = exact_copy(model, torch.float64)
     error = {
-        name: float((logits_in(model, dense.ids, dtype) - dense.logits[name]).abs().max())
-        for name, dtype in DTYPES.items()
+        "float32": _change(logits_in(model, dense.ids, torch.float32), dense.logits["float32"]),
+        "float64": _change(logits_of(exact, dense.ids), dense.logits["float64"]),
     }
+    training_error = _change(_training_logits(exact, dense.ids, seed), dense.logits["float64"])
     layers = model.moe_layers()
     first = next(iter(layers.values()))
     meant = moe.init in TOLERANCES and moe.init_noise == 0.0 and not moe.allow_shrinking
-    within = all(error[name] <= tolerance for name, tolerance in TOLERANCES.get(moe.init, {}).items())
+    tolerances = TOLERANCES.get(moe.init, {"float64": 0.0})
+    within = all(error[name] <= tolerance for name, tolerance in tolerances.items())
     rows = length or row_length(model)
     return Receipt(
         base=base,
@@ -166,6 +194,7 @@ def write_receipt(
         router=moe.router_name,
         num_experts=first.experts.num_experts,
         top_k=first.router.top_k,
+        per_token=experts_per_token(first),
         n_shared_experts=moe.n_shared_experts,
         expert_size=first.experts.intermediate_size,
         layers=tuple(layers),
@@ -174,6 +203,8 @@ def write_receipt(
         error=error,
         largest_logit=float(dense.logits["float64"].abs().max()),
         keeps_function=within if meant else None,
+        training_error=training_error,
+        keeps_training=training_error <= list(tolerances.values())[-1] if meant else None,
         length=rows,
         parameters={"dense": dense.parameters, "moe": count(model)},
         flops={"dense": dense.flops, "moe": forward_flops(shape_of(model), layers.values(), length=rows)},
@@ -183,11 +214,14 @@ def write_receipt(
 
 def logits_in(model: LanguageModel, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """Logits ``[B, S, V]`` in eval mode, of a copy in ``dtype`` unless the model is in float32 and so asked."""
-    device = next(model.parameters()).device
     plain = dtype == torch.float32 and {p.dtype for p in model.parameters()} == {dtype}
-    asked = model if plain else exact_copy(model, dtype)
+    return logits_of(model if plain else exact_copy(model, dtype), ids)
+
+
+def logits_of(asked: LanguageModel, ids: Tensor) -> Tensor:
+    """Logits ``[B, S, V]`` in eval mode, of the model as it is."""
     with eval_mode(asked):  # type: ignore[arg-type]
-        return asked(ids.to(device)).cpu()
+        return asked(ids.to(next(asked.parameters()).device)).cpu()
 
 
 def shape_of(model: LanguageModel) -> TransformerShape:
@@ -208,8 +242,23 @@ def row_length(model: LanguageModel) -> int:
     return min(512, model.max_length or 512)
 
 
-def _finite(value: float) -> float | str:
-    return value if torch.isfinite(torch.tensor(value)) else {True: "NaN"}.get(value != value, "Infinity")
+def _training_logits(exact: LanguageModel, ids: Tensor, seed: int) -> Tensor:
+    """Logits with the MoE layers in training mode; dropout is the dense model's own matter, and stays off."""
+    layers = exact.moe_layers().values()
+    with torch.random.fork_rng(devices=[]), eval_mode(exact):  # type: ignore[arg-type]
+        torch.manual_seed(seed)
+        for layer in layers:
+            layer.train().dropout = 0.0
+        return exact(ids.to(next(exact.parameters()).device)).cpu()
+
+
+def _change(after: Tensor, before: Tensor) -> float:
+    change = float((after - before).abs().max())
+    if not math.isfinite(change):
+        raise CheckError(
+            "the upcycled model's logits are not finite", "Choose a smaller moe.init_noise; nothing was written."
+        )
+    return change
 
 
 def _size(size: int) -> str:

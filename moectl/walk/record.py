@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -19,10 +20,13 @@ from moectl.marks import marks_of
 from moectl.models import accounting
 from moectl.models.language_model import LanguageModel
 from moectl.runs.logger import RunRecorder
-from moectl.runs.provenance import Provenance
+from moectl.runs.provenance import Provenance, collect
 from moectl.runs.rundir import RunDir, now
 from moectl.training import runtime
-from moectl.training.protocol import TrainResult
+from moectl.training.finetune import count_found
+from moectl.training.protocol import Speed, TrainResult
+from moectl.walk.budget import Meter
+from moectl.walk.models import Origin
 from moectl.walk.router_code import RouterCode
 
 
@@ -39,7 +43,8 @@ def run_label(config: ExperimentConfig) -> str:
 
 
 def _kind(config: ExperimentConfig) -> str:
-    return kind_of(config.preset, None if config.moe is None else config.moe.router_name)
+    kind = kind_of(config.preset, None if config.moe is None else config.moe.router_name)
+    return kind if config.distill is None else "distilled" if kind == "dense" else f"{kind}-distilled"
 
 
 def opening(
@@ -49,7 +54,7 @@ def opening(
     provenance: Provenance,
     data: PackedDataset,
     model: LanguageModel,
-    base: Mapping[str, Any],
+    origin: Origin,
     code: RouterCode | None,
 ) -> dict[str, Any]:
     """The record before the first step."""
@@ -68,43 +73,76 @@ def opening(
         "config_hash": config.content_hash(),
         "run_key": key,
         "data": {"id": data.manifest.id, "sha256": data.manifest.content_sha256, "folder": str(data.folder)},
-        "base": dict(base),
-        "parameters": {"total": parameters.total, "active": parameters.active, "inactive": parameters.inactive},
+        **origin.fields(),
+        "parameters": {**parameters.to_json(), "trainable": count_found(model, config.finetune)},
         "threads": torch.get_num_threads(),
         "marks": list(marks_of(model)),
     }
 
 
-def sitting(device: torch.device) -> dict[str, Any]:
+def sitting(device: torch.device, meter: Meter) -> dict[str, Any]:
     """What changes when a process starts to write the run: nothing of an earlier ending stays."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    began = {"status": "running", "started": now(), "devices": [name]}
-    return {**began, "finished": None, "exit_reason": None, "fails_again": None}
+    began = {"status": "running", "started": now(), "devices": [_name(device)], "threads": torch.get_num_threads()}
+    return {**began, "finished": None, "exit_reason": None, "fails_again": None, **meter.fields()}
 
 
-def ending(run: RunDir, result: TrainResult, device: torch.device, started: float) -> dict[str, Any]:
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def changes(run: RunDir, device: torch.device, short: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What keeps a resumed run from being the run that was never stopped: a sentence, and details for the record.
+
+    Args:
+        short: files of the record that are shorter than they were when the checkpoint was written.
+    """
+    for name in short:
+        yield f"{name}.jsonl has lost lines since the checkpoint was written: they stay lost", {"file": f"{name}.jsonl"}
+    now_sha256, written = collect([]).source_sha256, run.record
+    if written.get("source_sha256", now_sha256) != now_sha256:
+        changed = "moectl's own source has changed since this run began: the rest of it runs other code"
+        yield changed, {"source_sha256": now_sha256}
+    for what, before, after in (
+        ("torch", (written.get("versions") or {}).get("torch"), version("torch")),
+        ("device", (written.get("devices") or [None])[0], _name(device)),
+        ("threads", written.get("threads"), torch.get_num_threads()),
+    ):
+        if before is not None and before != after:
+            said = f"{what} was {before}, and is {after} now: from here on numbers may differ in their last bits"
+            yield said, {"what": what, "before": before, "after": after}
+
+
+def ending(run: RunDir, result: TrainResult, device: torch.device, meter: Meter) -> dict[str, Any]:
     """What came of it. Training time and its tokens are kept as a pair, over all sittings that ended in order."""
-    duration = _duration(run, started)
+    spent = meter.fields()
     return {
         "status": result.status,
         "exit_reason": result.reason,
         # Its own numbers failed it: resumed, it would go the same way.
         "fails_again": True if result.status == "failed" else None,
         "finished": now(),
-        "duration_s": duration,
-        "gpu_seconds": duration if device.type == "cuda" else 0.0,
+        **spent,
+        "gpu_seconds": spent["duration_s"] if device.type == "cuda" else 0.0,
         "step": result.step,
         "tokens": result.tokens,
         "peak_memory_bytes": runtime.peak_memory_bytes(device),
         "train_seconds": round(float(run.record.get("train_seconds") or 0.0) + result.train_seconds, 3),
         "train_tokens": int(run.record.get("train_tokens") or 0) + result.train_tokens,
+        "speed": None if result.speed is None else _speed(run, result.speed),
         "metrics": result.metrics,
         "best": None if result.best is None else result.best._asdict(),
     }
 
 
+def _speed(run: RunDir, speed: Speed) -> dict[str, Any]:
+    """That of the last sitting, but for the seconds by part, which are over all that ended in order."""
+    before = (run.record.get("speed") or {}).get("seconds") or {}
+    seconds = {part: round(before.get(part, 0.0) + spent, 3) for part, spent in speed.seconds.items()}
+    return {**asdict(speed), "seconds": seconds}
+
+
 @contextmanager
-def failures_recorded(recorder: RunRecorder, started: float) -> Iterator[None]:
+def failures_recorded(recorder: RunRecorder, meter: Meter) -> Iterator[None]:
     """Whatever ends the run early is in its record before it reaches the user."""
     try:
         yield
@@ -116,15 +154,10 @@ def failures_recorded(recorder: RunRecorder, started: float) -> Iterator[None]:
                 status="interrupted" if stopped else "failed",
                 exit_reason="stopped in the middle of a step" if stopped else _sentence(error),
                 finished=now(),
-                duration_s=_duration(recorder.rundir, started),
+                **meter.fields(),
             )
         raise
 
 
 def _sentence(error: BaseException) -> str:
     return error.message if isinstance(error, MoectlError) else f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _duration(run: RunDir, started: float) -> float:
-    """Seconds over all sittings of this run."""
-    return round(float(run.record.get("duration_s") or 0.0) + time.monotonic() - started, 3)

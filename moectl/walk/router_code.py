@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moectl.config.schema import ExperimentConfig
+from moectl.config.schema import ExperimentConfig, MoEConfig
+from moectl.hf.folder import ROUTER
 from moectl.plugins import OWN, router_entries
 from moectl.routers import router_class
-
-KEPT = "router.py"
 
 
 class RouterCode(NamedTuple):
@@ -48,6 +45,12 @@ def router_code(config: ExperimentConfig) -> RouterCode | None:
     return RouterCode(file, hashlib.sha256(file.read_bytes()).hexdigest(), distribution)
 
 
+def router_file(moe: MoEConfig) -> Path | None:
+    """The file of a router that is named as ``path.py:Class``; None for any other."""
+    file, colon, _ = moe.router_name.rpartition(":")
+    return Path(file).expanduser().resolve() if colon and file.endswith(".py") else None
+
+
 def with_absolute_router(config: ExperimentConfig) -> ExperimentConfig:
     """The same config with a router file named by its absolute path, so that it is found from anywhere."""
     if config.moe is None or ".py:" not in config.moe.router_name:
@@ -60,15 +63,4 @@ def with_absolute_router(config: ExperimentConfig) -> ExperimentConfig:
 def keep(code: RouterCode | None, folder: Path) -> None:
     """Copy the router's module into the run folder."""
     if code is not None:
-        shutil.copyfile(code.file, folder / KEPT)
-
-
-def with_kept_router(description: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What :meth:`LanguageModel.describe` said, with a router that came from a file read from the copy in the run
-    folder, whatever that file says today."""
-    described = copy.deepcopy(dict(description))
-    moe = (described["decoder"] if described["kind"] == "decoder" else described)["moe"]
-    kept = folder / KEPT
-    if moe is not None and ".py:" in moe["router"]["name"] and kept.is_file():
-        moe["router"]["name"] = f"{kept}:{moe['router']['name'].rpartition(':')[2]}"
-    return described
+        shutil.copyfile(code.file, folder / ROUTER)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,18 @@ from moectl.runs.logger import RunRecorder
 from moectl.runs.provenance import collect
 from moectl.runs.rundir import RunDir
 from moectl.training import runtime
+from moectl.training.finetune import trained_share
 from moectl.training.protocol import Progress
-from moectl.training.state import Checkpoint, checkpoint_steps, newest_usable
+from moectl.training.state import Checkpoint, newest_usable, restored_steps
 from moectl.training.trainer import Trainer
 from moectl.walk import record
+from moectl.walk.budget import Meter, Terms
 from moectl.walk.data import dataset_for, dataset_of
 from moectl.walk.loading import model_from, run_config
-from moectl.walk.models import build_model
+from moectl.walk.models import as_resumed, build_model, on_base
 from moectl.walk.router_code import keep, router_code, with_absolute_router
+from moectl.walk.speed import yardstick
+from moectl.walk.teacher import objective_of, teacher_record, with_found_teacher
 
 Say = Callable[[str], None]
 EXIT_CODES = {"finished": 0, "failed": 1, "collapsed": 3, "interrupted": 130}
@@ -48,6 +51,9 @@ class RunRequest:
         go_on: continue a run of the same key that was interrupted or lost, instead of saying how to.
         say: takes a sentence for the user.
         progress: given the run's id and number of steps, returns what is called after every step.
+        terms: what it may cost.
+        group: of a group's run, the group's name and what the run is called in it.
+        halt: asked after every step: why the run must end as interrupted now, or None.
     """
 
     data: str | None = None
@@ -56,6 +62,9 @@ class RunRequest:
     go_on: bool = False
     say: Say = lambda text: None
     progress: Callable[[str, int], Progress | None] = lambda run, steps: None
+    terms: Terms = field(default_factory=Terms)
+    group: Mapping[str, str] | None = None
+    halt: Callable[[], str | None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -85,32 +94,47 @@ def start_run(config: ExperimentConfig, request: RunRequest) -> RunOutcome:
             that cannot be trained.
         MoectlError: anything that data, model or loop refuse; what the loop refuses is recorded as failed.
     """
-    config = resolve_router(with_absolute_router(config))  # a misspelt option is answered before anything is prepared
+    request.terms.check(remembered=request.go_on)
+    config = on_base(config, request.say)  # a misspelt option is answered before anything is prepared
+    config = with_found_teacher(config)
     folder, config = dataset_for(config, request.data, request.say)
     data = PackedDataset.open(folder)
     runtime.configure(config.train)
-    model, base = build_model(config, data.manifest)
+    model, origin = build_model(config, data.manifest)
+    teacher = teacher_record(config, data, model)
     provenance = collect(list(request.command), commit=request.commit)
     code = router_code(config)
     sources = {"moectl": provenance.source_sha256, "router": None if code is None else code.sha256}
-    key = record.run_key(config, data, base, sources)
+    key = record.run_key(config, data, origin.record, sources if teacher is None else {**sources, "teacher": teacher})
     name = config.name or f"{record.run_label(config)}-s{config.train.seed}-{key[:8]}"
     there = _already_there(name, key, request)
     if isinstance(there, RunOutcome):
         return there
     for warning in provenance.warnings:
         request.say(f"warning: {warning}")
-    opening = record.opening(config, key=key, provenance=provenance, data=data, model=model, base=base, code=code)
+    opening = record.opening(config, key=key, provenance=provenance, data=data, model=model, origin=origin, code=code)
+    opening["teacher"] = teacher
+    if config.finetune.active:
+        request.say(trained_share(opening["parameters"]))
+    if request.group is not None:
+        opening["group"] = dict(request.group)
     for mark in opening["marks"]:
         request.say(f"warning: later tokens change earlier outputs: every number of this run is marked [{mark}]")
     if there is None:
+        request.terms.check()
         run = RunDir.create(name, config_yaml=resolved_yaml(config), record=opening)
     else:
         run = there.acquire()
+        if run.record["status"] in ENDED or restored_steps(run.checkpoints):
+            run.release()
+            raise ConfigError(f"the run '{name}' was trained on by another process meanwhile", "Ask again.")
         run.truncate_after(-1)
         run.update(**opening)
     provenance.write(run.path)
     keep(code, run.path)
+    origin.write(run.path)
+    if origin.receipt is not None:
+        request.say(origin.receipt.to_text())
     return _run(run, config, data, model, request)
 
 
@@ -127,22 +151,21 @@ def resume_run(name: str, request: RunRequest, reread: Callable[[Path], Experime
         NotFoundError: no such run, no checkpoint of it, or none that can go on.
         CheckError: all its checkpoints are damaged.
     """
+    request.terms.check(remembered=True)
     run = _newest_to_go_on(request.say) if name == AUTO else RunDir.open(find_run(name))
-    if run.status in ENDED:
-        raise ConfigError(
-            f"the run '{run.id}' has {run.status}: there is nothing to resume",
-            f"Start a new one, with another --seed or --steps, or train on from its weights: --base {run.id}",
-        )
+    _refuse_ended(run)
     own = run_config(run.path)
     if reread is not None:
-        asked = resolve_router(with_absolute_router(reread(run.path / "config.yaml")))
+        asked = resolve_router(with_absolute_router(as_resumed(reread(run.path / "config.yaml"), own)))
+        asked = with_found_teacher(asked)
         _refuse_changes(own, asked if "data" in asked.model_fields_set else asked.model_copy(update={"data": own.data}))
     data = PackedDataset.open(dataset_of(run.record))
-    if not checkpoint_steps(run.checkpoints) and not any(run.checkpoints.glob("*.bad-*")):
+    if not restored_steps(run.checkpoints) and not any(run.checkpoints.glob("*.bad-*")):
         hint = f"Remove it and start anew: moectl runs rm {run.id} --yes"
         raise NotFoundError(f"the run '{run.id}' stopped before its first checkpoint", hint)
     run.acquire()
     try:
+        _refuse_ended(run)  # another process may have ended it since
         runtime.configure(own.train)
     except BaseException:
         run.release()
@@ -154,29 +177,45 @@ def _run(
     run: RunDir, config: ExperimentConfig, data: PackedDataset, model: LanguageModel | None, request: RunRequest
 ) -> RunOutcome:
     """Train ``model`` from step 0, or without one from the newest checkpoint that fits."""
-    started = time.monotonic()
+    try:
+        meter = Meter(run, request.terms)
+        meter.settle()
+    except BaseException:
+        run.release()
+        raise
     recorder = RunRecorder(run, paths.registry_path(), warn=request.say)
+    shown = request.progress(marked(run.id, run.record["marks"]), config.train.steps)
 
     def trainer_of(model: LanguageModel) -> Trainer:
-        return Trainer(
+        def progress(step: int, values: Mapping[str, float]) -> None:
+            if shown is not None:
+                shown(step, values)
+            reason = request.halt() or meter.tick()
+            trainer.stop.reason = trainer.stop.reason or reason
+
+        trainer = Trainer(
             model,
             data,
             config,
             logger=recorder,
             checkpoints=run.checkpoints,
             evaluate=lambda decoder, final: _held_out(decoder, data, config, final),
-            progress=request.progress(marked(run.id, run.record["marks"]), config.train.steps),
+            progress=progress,
+            objective=objective_of(config, run.record.get("teacher")),
+            yardstick=yardstick(model, config.train, length=data.manifest.block_size - 1),
         )
+        return trainer
 
     with recorder:
         # Where nothing can be taken up, the record stays as it is.
         resumed = _take_up(trainer_of, recorder, request.say) if model is None else None
-        with record.failures_recorded(recorder, started):
+        with record.failures_recorded(recorder, meter):
             trainer = trainer_of(model) if model is not None else resumed
             assert trainer is not None
-            recorder.update(**record.sitting(trainer.device))
+            meter.watch_energy(str(trainer.device))
+            recorder.update(**record.sitting(trainer.device, meter))
             result = trainer.train()
-            recorder.update(**record.ending(run, result, trainer.device, started))
+            recorder.update(**record.ending(run, result, trainer.device, meter))
     ended = (result.status, result.reason, result.step, result.tokens)
     return RunOutcome(run.id, run.path, *ended, result.metrics, marks=tuple(run.record["marks"]))
 
@@ -206,15 +245,16 @@ def _take_up(trainer_of: Callable[[LanguageModel], Trainer], recorder: RunRecord
         return trainer
 
     checkpoint, trainer, messages = newest_usable(run.checkpoints, use)
-    recorder.rewind(checkpoint.step, checkpoint.state["record"])
+    position = checkpoint.state["record"]
+    short = [name for name, size in recorder.position().items() if size < position[name]]
+    recorder.rewind(checkpoint.step, position)
     for message in messages:
         say(message)
-        run.event("bad_checkpoint", message, step=checkpoint.step)
-    now_sha256 = collect([]).source_sha256
-    if run.record.get("source_sha256", now_sha256) != now_sha256:
-        changed = "moectl's own source has changed since this run began: the rest of it runs other code"
-        say(f"warning: {changed}")
-        recorder.event("warning", changed, step=checkpoint.step, source_sha256=now_sha256)
+        # Without a step: it is set aside for good, also where this process dies before its first checkpoint.
+        run.event("bad_checkpoint", message, at=checkpoint.step)
+    for message, details in record.changes(run, trainer.device, short):
+        say(f"warning: {message}")
+        recorder.event("warning", message, step=checkpoint.step, **details)
     recorder.event("resumed", f"resumed from step {checkpoint.step}", step=checkpoint.step)
     say(f"resuming {run.id} from step {checkpoint.step}")
     return trainer
@@ -229,7 +269,7 @@ def _newest_to_go_on(say: Say) -> RunDir:
     for run in newest_first(readable_runs()):
         status = run.status
         if status in ("interrupted", "lost", "failed") and not run.record.get("fails_again"):
-            if checkpoint_steps(run.checkpoints):
+            if restored_steps(run.checkpoints):
                 skipped = f" (newer, but cannot go on: {', '.join(passed[:4])})" if passed else ""
                 say(f"going on with {run.id}, which is {status}{skipped}")
                 return run
@@ -258,7 +298,7 @@ def _already_there(name: str, key: str, request: RunRequest) -> RunOutcome | Run
     if run.status in ENDED:
         ended = (run.status, run.record["exit_reason"], run.record["step"], run.record["tokens"])
         return RunOutcome(name, folder, *ended, run.latest(), already_done=True, marks=tuple(run.record["marks"]))
-    steps = checkpoint_steps(run.checkpoints)
+    steps = restored_steps(run.checkpoints)
     if request.go_on:
         return resume_run(name, request) if steps or any(run.checkpoints.glob("*.bad-*")) else run
     raise ConfigError(
@@ -268,9 +308,18 @@ def _already_there(name: str, key: str, request: RunRequest) -> RunOutcome | Run
     )
 
 
+def _refuse_ended(run: RunDir) -> None:
+    status = run.record.get("status")
+    if status in ENDED:
+        raise ConfigError(
+            f"the run '{run.id}' has {status}: there is nothing to resume",
+            f"Start a new one, with another --seed or --steps, or train on from its weights: --base {run.id}",
+        )
+
+
 def _refuse_changes(own: ExperimentConfig, given: ExperimentConfig) -> None:
     """A resumed run keeps its config; every key that differs is named."""
-    changed = [key for key in _differences(own.model_dump(mode="json"), given.model_dump(mode="json")) if key != "name"]
+    changed = [key for key in differences(own.model_dump(mode="json"), given.model_dump(mode="json")) if key != "name"]
     if changed:
         raise ConfigError(
             f"a resumed run keeps its config, but {', '.join(changed)} differ{'s' if len(changed) == 1 else ''}",
@@ -278,9 +327,10 @@ def _refuse_changes(own: ExperimentConfig, given: ExperimentConfig) -> None:
         )
 
 
-def _differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
+def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
+    """The dotted keys in which two configs, as plain containers, differ."""
     if not (isinstance(ours, dict) and isinstance(theirs, dict)):
         return [] if ours == theirs else [prefix]
     keys = sorted(set(ours) | set(theirs))
     dot = f"{prefix}." if prefix else ""
-    return [found for key in keys for found in _differences(ours.get(key), theirs.get(key), f"{dot}{key}")]
+    return [found for key in keys for found in differences(ours.get(key), theirs.get(key), f"{dot}{key}")]

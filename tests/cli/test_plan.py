@@ -69,7 +69,7 @@ def test_the_keys_of_the_document_are_stable(capsys: Capture, data: str) -> None
     assert {"peak", "during", "weights", "gradients", "optimizer", "activations"} <= set(document["memory"]["cpu"])
     assert set(document["devices"][0]) == {
         *("name", "kind", "fits", "memory", "peak_memory", "rate_source", "rate_run", "utilisation"),
-        *("tokens_per_second", "seconds", "usd_per_hour", "usd"),
+        *("tokens_per_second", "seconds", "usd_per_hour", "usd", "computed_as"),
     }
     assert document["match_dense"] is None and document["tokens"]["dataset"] == data
 
@@ -148,6 +148,38 @@ def test_a_price_of_ones_own(capsys: Capture) -> None:
     assert device["usd"] == pytest.approx(7.5 * device["seconds"] / 3600)
 
 
+def test_a_price_of_minus_nothing_is_nothing(capsys: Capture) -> None:
+    assert main(["plan", "--device", "H100", "--price-per-hour", "-0"]) == 0
+    printed = capsys.readouterr().out
+    assert "0.00" in printed and "-0.00" not in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_not_planned_as_a_cpu(capsys: Capture) -> None:
+    assert main(["plan", "--device", "cuda"]) == 5
+    assert "--device cpu" in capsys.readouterr().err
+    (cpu,) = planned(capsys, "--device", "cpu")["devices"]
+    assert cpu["kind"] == "cpu"
+
+
+def test_what_a_device_computes_instead_is_told(capsys: Capture) -> None:
+    args = ["plan", "--device=T4", "--device=H100", "--set=train.precision=bfloat16"]
+    assert main(args) == 0
+    assert "T4 computes bfloat16 as float32, for it has no bfloat16." in capsys.readouterr().out
+    assert main([*args, "--json"]) == 0
+    slow, fast = json.loads(capsys.readouterr().out)["devices"]
+    assert slow["computed_as"] == "float32, for it has no bfloat16" and fast["computed_as"] is None
+    (slow,) = planned(capsys, "--device=T4", "--set=train.precision=float32")["devices"]
+    assert slow["computed_as"] is None
+
+
+def test_a_base_with_experts_has_nothing_to_match(capsys: Capture, data: str) -> None:
+    start_run(load_config(None, sets=[*SMALL, "name=sparse"]), RunRequest())
+    capsys.readouterr()
+    assert main(["plan", "--match-dense", "--set=model.base=sparse"]) == 2
+    assert "has its experts already" in capsys.readouterr().err
+
+
 def test_ways_to_match_dense(capsys: Capture) -> None:
     document = planned(capsys, "--match-dense", "--set", "moe.router=top2")
     assert document["match_dense"][0]["sets"] == ["moe.expert_intermediate_size=12"]
@@ -192,6 +224,9 @@ def test_a_run_too_large_for_a_device_says_what_to_change(capsys: Capture) -> No
         (["--data", "nothing"], 4, "nothing"),
         (["no-such"], 4, "unknown config 'no-such'"),
         (["--set", "train.device=cuda:7"], 5, "cuda:7"),
+        (["--device", "cuda:7"], 5, "there is no device 'cuda:7' on this machine"),
+        (["--set", "data.tokenizer=bpe:0"], 2, "the size must be a number from 257"),
+        (["--set", "data.tokenizer=bpe:100000000000000000000"], 2, "the size must be a number from 257"),
     ],
 )
 def test_bad_input(args: list[str], code: int, said: str, capsys: Capture) -> None:
@@ -199,6 +234,51 @@ def test_bad_input(args: list[str], code: int, said: str, capsys: Capture) -> No
     printed = capsys.readouterr()
     assert said in printed.err and "Traceback" not in printed.err
     assert printed.out == ""
+
+
+TOP2 = "moe.router={name: topk, top_k: 2}"
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ["moe.router={name: expert-choice, top_k: 2}"],
+        ["moe.capacity={factor: 1.5, fill: probability}"],
+        ["moe.router={name: topk, top_k: 1}"],
+        ["moe.num_experts=1"],
+        [TOP2, "moe.schedule.top_k=[[0, 4], [0.5, 3]]"],
+        ["moe.schedule.top_k=[[0, 4], [0.5, 1]]"],
+        ["moe.init=split", "moe.granularity=4"],
+        ["moe.init=split", "moe.granularity=2", "moe.router={name: topk, top_k: 2, norm_topk_prob: false}"],
+        ["moe.init=copy", "moe.router=switch"],
+        ["moe.init=copy", "moe.expert_intermediate_size=7"],
+        ["moe.init=experts-from", "moe.experts_from=[a, b, c, d]"],
+        ["finetune.freeze=[dense, experts, router]"],
+    ],
+    ids=str,
+)
+def test_what_training_refuses_is_refused_beforehand(sets: list[str], capsys: Capture, data: str, home: Path) -> None:
+    """In the same words, whether the data are there or not."""
+    given = [f"--set={text}" for text in (*SMALL, *sets)]
+    said = []
+    for command in (["train"], ["train", "--dry-run"], ["plan"]):
+        assert main([*command, *given]) == 2
+        said.append([line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")])
+    assert said[0] == said[1] == said[2] != []
+    assert not (home / "runs").exists()
+
+
+def test_what_is_allowed_is_planned(capsys: Capture) -> None:
+    document = planned(capsys, "--set=moe.router={name: expert-choice, top_k: 2}", "--set=train.allow_noncausal=true")
+    assert document["experts"]["per_token"] == 2
+    state = torch.get_rng_state()
+    planned(capsys)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_gate_too_large_to_be_drawn_is_planned_unasked(capsys: Capture) -> None:
+    assert main(["plan", "--device=H100", "--set=moe.num_experts=10000000000", "--json"]) == 0
+    assert "whether its router can be trained is not checked" in capsys.readouterr().err
 
 
 def test_thirty_billion_parameters_fit_this_process() -> None:

@@ -95,11 +95,36 @@ def test_experts_from_fine_tunes_with_texts(tmp_path: Path, capsys: Capture) -> 
     assert not (tmp_path / "other").exists()
 
 
-def _tokenizer(folder: Path) -> None:
+def test_a_tokenizer_beyond_the_vocabulary_is_named(tmp_path: Path, capsys: Capture) -> None:
+    base = saved(tmp_path / "base")
+    _tokenizer(tmp_path / "base", more=100)
+    tuned = [saved(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "two"), start=1)]
+    arguments = ["upcycle", base, "--out", str(tmp_path / "moe"), "--moe-layers", "1", "--experts", "2"]
+    arguments += ["--init", "experts-from", "--set", f"moe.experts_from={tuned}"]
+    assert main([*arguments, "--set", "moe.router_prompts=['a b', 'c word99']"]) == 2
+    assert "has the id 105, but the model's vocabulary has" in capsys.readouterr().err
+    assert main([*arguments, "--set", "moe.router_prompts=['a b', 'c d']"]) == 0
+
+
+def test_split_draws_no_noise_unless_it_is_asked_for(tmp_path: Path, capsys: Capture) -> None:
+    base = saved(tmp_path / "base")
+    options = ["--moe-layers", "all", "--init", "split", "--router", "topk", "--set", "moe.init_noise=0"]
+    options += ["--set", "moe.router.top_k=4", "--set", "moe.granularity=4"]
+    for name, more, keeps in (("quiet", [], True), ("noisy", ["--set", "moe.router.noise_std=0.1"], False)):
+        assert main(["upcycle", base, "--out", str(tmp_path / name), *options, *more, "--json"]) == 0
+        receipt = json.loads(capsys.readouterr().out)
+        assert receipt["keeps_function"] is True
+        assert receipt["keeps_training"] is keeps, name
+    described = json.loads((tmp_path / "quiet" / "config.json").read_text())
+    assert described["moe"]["router"]["noise_std"] == 0.0
+
+
+def _tokenizer(folder: Path, more: int = 0) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = {word: number for number, word in enumerate(["<unk>", "<eos>", "a", "b", "c", "d"])}
+    words |= {f"word{number}": 6 + number for number in range(more)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
@@ -122,6 +147,8 @@ def test_bad_input_is_explained_and_leaves_nothing(
         ([llama, "--init", "splitt"], 2, "moe.init"),
         ([llama, "--init", "split", "--experts", "6", "--set", "moe.granularity=4"], 2, "no multiple"),
         ([llama, "--set", "train.steps=3"], 2, "changes nothing here"),
+        ([llama, "--seed", str(10**23)], 2, "seed"),
+        ([llama, "--moe-layers", "1", "--set", "moe.init_noise=1e300"], 3, "not finite"),
         ([llama, "--set", "moe.granulrity=3"], 2, "Did you mean 'moe.granularity'"),
         ([llama, "--moe-layers", "1", "--init", "split", "--experts", "10", "--router", "topk",
           "--set", "moe.granularity=5", "--set", "moe.router.top_k=5"], 2, "does not divide the dense MLP's 48"),

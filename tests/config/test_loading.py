@@ -209,7 +209,7 @@ def test_several_mistakes_are_all_named(write: Write) -> None:
     [
         ("train.steps=many", "train.steps = 'many' (--set): should be a valid integer"),
         ("train.steps=-1", "train.steps = -1 (--set): should be greater than 0"),
-        ("train.precision=fp8", "should be 'float32', 'bfloat16' or 'float64'"),
+        ("train.precision=fp8", "should be 'float32', 'bfloat16', 'bfloat16-pure', 'float16' or 'float64'"),
         ("optim.lr=.nan", "optim.lr = nan (--set): should be a finite number"),
         ("train=3", "train = 3 (--set): this is a section"),
         ("moe.layers=lasst", "none of: all, last:4"),

@@ -23,7 +23,12 @@ from moectl.errors import ConfigError
         ({"init": "copy", "router_prompts": ["a"]}, "moe.router_prompts .* has no effect"),
         ({"init": "split", "granularity": 4, "expert_intermediate_size": 8}, "moe.expert_intermediate_size = 8 has no"),
         ({"init": "split"}, "moe.init split needs moe.granularity"),
-        ({"init": "split", "granularity": 3}, "moe.num_experts 8 is no multiple of moe.granularity 3"),
+        ({"init": "split", "granularity": 3}, "moe.num_experts 8 is no multiple of 3, which is moe.granularity:"),
+        (
+            {"init": "split", "granularity": 4, "n_shared_experts": 1},
+            "moe.num_experts 8 is no multiple of 3, which is moe.granularity less the 1 shared",
+        ),
+        ({"init": "split", "granularity": 4, "n_shared_experts": 4}, "moe.granularity 4 leaves no part to route"),
         ({"init": "experts-from", "experts_from": ["a", "b"]}, "names 2 models for moe.num_experts 8"),
         (
             {"init": "experts-from", "num_experts": 2, "experts_from": ["a", "b"], "router_prompts": ["x"]},
@@ -49,6 +54,7 @@ def test_what_has_no_effect_or_does_not_fit_is_refused(values: dict[str, object]
         {"init": "copy", "init_noise": 0.0, "allow_shrinking": True},
         {"init": "random", "init_noise": 0.0, "expert_intermediate_size": 8},
         {"init": "split", "granularity": 4, "init_noise": 0.1},
+        {"init": "split", "granularity": 4, "n_shared_experts": 1, "num_experts": 6},
         {"init": "drop", "drop_ratio": 0.0},
         {"init": "experts-from", "num_experts": 2, "experts_from": ["a", "b"], "router_prompts": ["x", "@y"]},
     ],

@@ -97,6 +97,42 @@ def test_damaged_and_incomplete_weights(tmp_path: Path) -> None:
         load_dense(tmp_path)
 
 
+def edited(folder: Path, **changes: object) -> Path:
+    plain = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**plain, **changes}))
+    return folder
+
+
+def test_weights_beyond_the_config_are_refused(tmp_path: Path) -> None:
+    """Transformers would leave them out and say nothing: a model of two layers, one without biases."""
+    with pytest.raises(CheckError, match=r"hold more than its config.json describes: model.layers.2.*, .* and 4 more"):
+        load_dense(edited(saved(tmp_path / "deep"), num_hidden_layers=2))
+    tiny("qwen2", torch.float32).save_pretrained(tmp_path / "biased")
+    said = "describes: model.layers.0.self_attn.k_proj.bias, "
+    with pytest.raises(CheckError, match=said) as error:
+        load_dense(edited(tmp_path / "biased", model_type="llama", architectures=["LlamaForCausalLM"]))
+    assert error.value.exit_code == 3 and "another model" in str(error.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("gpt2", "transformer.h.0.attn.bias"),
+        ("gpt2", "transformer.h.0.attn.masked_bias"),
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+    ],
+)
+def test_buffers_that_older_releases_saved_are_no_weights(tmp_path: Path, kind: str, name: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tiny(kind, torch.float32).save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
+    save_file({**tensors, name: torch.ones(4)}, file, metadata={"format": "pt"})
+    with torch.no_grad():
+        assert torch.equal(load_dense(tmp_path)(some_ids()).logits, tiny(kind, torch.float32)(some_ids()).logits)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moectl.config.schema import MoEConfig
 from moectl.hf import upcycle
 from moectl.hf.language_model import HFLanguageModel
-from moectl.models.accounting import BACKWARD, count, forward_flops, weight_bytes
+from moectl.models.accounting import BACKWARD, count, experts_per_token, forward_flops, weight_bytes
 from tests.hf.tiny_models import KINDS, some_ids, tiny
 
 ROWS, LENGTH = 3, 17
@@ -81,6 +81,23 @@ def test_full_backend_computes_every_expert() -> None:
     model = model_of("llama", {"router": {"name": "top1"}, "backend": "full"})
     shape: Any = model.family.shape_of(model.config)
     assert forward_flops(shape, model.moe_layers().values(), length=1).experts == 2 * 4 * 6 * 32 * 48
+
+
+@pytest.mark.parametrize(("top_k", "factor", "per_token"), [(2, 1.0, 2.0), (1, 1.5, 1.5), (2, 1.5, 3.0), (2, 9.0, 4.0)])
+def test_experts_that_choose_compute_as_many_tokens_as_they_take(top_k: int, factor: float, per_token: float) -> None:
+    """Four experts of 51 tokens: against the counter, but for the tokens that rounding up adds."""
+    router = {"name": "expert-choice", "top_k": top_k, "capacity_factor": factor}
+    model = model_of("llama", {"router": router, "init": "random"})
+    (layer, _) = model.moe_layers().values()
+    assert experts_per_token(layer) == per_token
+    shape: Any = model.family.shape_of(model.config)
+    expected = forward_flops(shape, model.moe_layers().values(), length=LENGTH)
+    assert expected.experts == 2 * per_token * 6 * 32 * 48
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model(some_ids(ROWS, LENGTH))
+    rounded = 2 * 4 * 6 * 32 * 48  # a token per expert and layer at most
+    assert 0 <= counted(forward) - ROWS * LENGTH * expected.total <= rounded
+    assert count(model).inactive == (4 - per_token) * 2 * 3 * 32 * 48
 
 
 def test_parameters_and_memory() -> None:

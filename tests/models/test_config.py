@@ -99,3 +99,9 @@ def test_unknown_size_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="unknown base model 'tinny'") as error:
         decoder_config(ModelConfig(base="tinny"), vocab_size=9, eos_token_id=0)
     assert "'tiny'" in (error.value.hint or "")
+
+
+@pytest.mark.parametrize("spec", ["all", "last:1", "every:1", "0"])
+def test_a_model_without_layers_is_named(spec: str) -> None:
+    with pytest.raises(ConfigError, match="no layers to give experts to"):
+        resolve_layers(spec, 0)

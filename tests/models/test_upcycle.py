@@ -203,7 +203,8 @@ def test_the_upcycled_gate_learns_from_the_language_model(make_decoder: MakeDeco
 def test_parts_keep_the_function_and_the_cost(make_decoder: MakeDecoder, granularity: int, shared: int) -> None:
     dense = make_decoder()
     router = {"name": "topk", "top_k": granularity - shared}
-    config = moe(router, init="split", granularity=granularity, n_shared_experts=shared, num_experts=2 * granularity)
+    options = {"granularity": granularity, "n_shared_experts": shared, "num_experts": 2 * (granularity - shared)}
+    config = moe(router, init="split", **options)
     upcycled = upcycle_decoder(dense, config).eval()
     assert difference(dense, upcycled) <= 1e-10
     assert upcycled.config.expert_intermediate_size == 20 // granularity

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from moectl.config.schema import MoEConfig
 from moectl.errors import ConfigError
-from moectl.models.growth import append, multiply
+from moectl.models.decoder import CAPACITY_OPTIONS
+from moectl.models.growth import append, changes, multiply
 from moectl.moe import GatedExperts, MLPExperts, MoELayer
+from moectl.moe.capacity import Capacity
 from moectl.routers import build_router
+from moectl.training.schedules import refuse_unfit
 
 FLOAT64 = 1e-12  # two products deep, values of order one, another order of addition
 GROWING = [
@@ -27,13 +32,22 @@ GROWING = [
     {"name": "sigmoid", "norm_topk_prob": False},
     {"name": "topk", "top_k": 2, "logit_clamp": 0.5},
 ]
+NO_NOISE = {"noise_std": 0.0}
+CAPACITIES = [
+    {"factor": 0.6, "in_eval": True, "overflow": overflow, "fill": fill}
+    for overflow in ("drop", "next-best")
+    for fill in ("position", "probability")
+]
 
 
-def layer_of(router: dict[str, object], kind: type = GatedExperts, *, experts: int = 5) -> tuple[MoELayer, MoEConfig]:
-    moe = MoEConfig(router=router, num_experts=experts, init="random", expert_intermediate_size=12)
+def layer_of(
+    router: dict[str, object], kind: type = GatedExperts, *, experts: int = 5, **changes: Any
+) -> tuple[MoELayer, MoEConfig]:
+    moe = MoEConfig(router=router, num_experts=experts, init="random", expert_intermediate_size=12, **changes)
     torch.manual_seed(0)
     gate = build_router(moe.router_name, hidden_size=6, num_experts=experts, **moe.router_options)
-    layer = MoELayer(gate, kind(experts, 6, 12, backend="loop")).double().eval()
+    capacity = None if moe.capacity is None else Capacity(**moe.capacity.model_dump(include=CAPACITY_OPTIONS))
+    layer = MoELayer(gate, kind(experts, 6, 12, backend="loop"), None, capacity).double().eval()
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_()
@@ -145,6 +159,148 @@ def test_growth_after_growth() -> None:
     moe = append({0: layer}, moe, 1)
     torch.testing.assert_close(layer(tokens()), opened, rtol=0, atol=FLOAT64)
     assert (moe.num_experts, moe.router["new_experts"], layer.experts.num_experts) == (17, 1, 17)
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES, ids=str)
+@pytest.mark.parametrize("router", ["top1", "switch", "top2", "sigmoid"])
+@pytest.mark.parametrize("times", [0, 2, 4])
+def test_a_capacity_leaves_the_same_tokens_room(capacity: dict[str, Any], router: str, times: int) -> None:
+    """Three added experts, or so many times as many: with more experts for as many places each has less room."""
+    layer, moe = layer_of({"name": router}, capacity=capacity)
+    before = layer(tokens())
+    assert layer.dropped is not None
+    dropped = layer.dropped.clone()
+    assert dropped.any(), "the capacity does nothing"
+    if times and layer.router.top_k == 1 and capacity["overflow"] == "next-best":
+        with pytest.raises(ConfigError, match="would take the tokens for which it has no room"):
+            multiply({0: layer}, moe, times)
+        return
+    grown = multiply({0: layer}, moe, times) if times else append({0: layer}, moe, 3)
+    torch.testing.assert_close(layer(tokens()), before, rtol=0, atol=FLOAT64)
+    chosen = times if times and layer.router.top_k > 1 else 1
+    assert int(layer.dropped.sum()) == chosen * int(dropped.sum())
+    assert grown.capacity is not None and layer.capacity is not None
+    assert grown.capacity.factor == layer.capacity.factor
+
+
+def test_every_capacity_factor_follows() -> None:
+    layer, moe = layer_of({"name": "top1"}, capacity={"factor": 1.25, "dynamic": True, "max_factor": 2.0})
+    grown = append({0: layer}, moe, 15)
+    assert grown.capacity is not None
+    assert (grown.capacity.factor, grown.capacity.min_factor, grown.capacity.max_factor) == (5.0, 4.4, 8.0)
+    assert any("moe.capacity.factor is 5 now, not 1.25" in line for line in changes(moe, grown))
+    schedule = {"capacity_factor": [[0, 2.0], [0.5, 1.25]]}
+    layer, moe = layer_of({"name": "top1"}, capacity=1.25, schedule=schedule)
+    grown = multiply({0: layer}, moe, 4)
+    assert grown.schedule.capacity_factor is not None
+    assert grown.schedule.capacity_factor.points == ((0.0, 8.0), (0.5, 5.0))
+    other, moe = layer_of({"name": "top1"}, capacity={"factor": 1.25, "overflow": "next-best"})
+    assert multiply({0: other}, moe, 4).capacity == moe.capacity, "as much room in all"
+    assert other.capacity == Capacity(1.25, overflow="next-best")
+    pair, moe = layer_of({"name": "top2"}, capacity=1.25)
+    assert multiply({0: pair}, moe, 4).capacity == moe.capacity, "k is four times as large: there is as much room"
+    assert pair.capacity == Capacity(1.25)
+
+
+@pytest.mark.parametrize("experts", [5, 6], ids=["E=5", "E=D"])
+@pytest.mark.parametrize("times", [0, 2])
+def test_learned_noise_is_inherited(experts: int, times: int) -> None:
+    """``W_noise`` is [D, E]: its experts are columns, where it is square too. New experts have their sources'."""
+    layer, moe = layer_of({"name": "noisy-topk"}, experts=experts)
+    learned = layer.router.noise.weight.detach().clone()
+    assert learned.shape == (6, experts)
+    multiply({0: layer}, moe, times) if times else append({0: layer}, moe, 3)
+    expected = learned.repeat_interleave(times, 1) if times else torch.cat([learned, learned[:, :3]], 1)
+    assert torch.equal(layer.router.noise.weight, expected)
+
+
+def test_what_cannot_be_inherited_is_said(tmp_path: Path) -> None:
+    """A gate of our own whose second matrix is as wide as two experts each."""
+    code = """
+from moectl.moe.token_choice import NoisySoftmaxRouter
+from torch import nn
+import torch
+class Odd(NoisySoftmaxRouter):
+    def __init__(self, config, *, hidden_size, num_experts):
+        super().__init__(config, hidden_size=hidden_size, num_experts=num_experts)
+        self.other = nn.Parameter(torch.zeros(2 * num_experts))
+    def combine_weights(self, noisy_TE, probs_TE, indices_TK):
+        return probs_TE.gather(1, indices_TK)
+"""
+    (tmp_path / "odd.py").write_text(code)
+    layer, moe = layer_of({"name": f"{tmp_path / 'odd.py'}:Odd"})
+    for grow in (lambda: multiply({0: layer}, moe, 2), lambda: append({0: layer}, moe, 2)):
+        with pytest.raises(ConfigError, match="cannot be grown: what becomes of its 'other' with more experts"):
+            grow()
+    assert layer.experts.num_experts == 5
+
+
+def trained(layer: MoELayer, steps: int = 60) -> None:
+    """By AdamW towards random targets, its noise annealed long ago."""
+    layer.train()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
+    target = torch.randn(50, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (layer(tokens()) - target).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("router", [{"name": "top2"}, {"name": "sigmoid"}, {"name": "top1"}, {"name": "expert-choice"}])
+def test_copies_part(router: dict[str, object]) -> None:
+    """Where nothing draws: by noise that cancels, or, where one copy is visited, by the gate's gradient."""
+    quiet = NO_NOISE if router["name"].startswith("top") else {}
+    layer, moe = layer_of({**router, **quiet})
+    before = layer(tokens())
+    multiply({0: layer}, moe, 2, noise=1e-3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(layer(tokens()), before, rtol=0, atol=FLOAT64)
+    trained(layer)
+    for parameter in (layer.router.weight, layer.experts.gate_up_proj, layer.experts.down_proj):
+        assert (parameter[0::2] - parameter[1::2]).abs().max() > 1e-4
+
+
+def test_copies_without_noise_do_not_part() -> None:
+    """What the noise is for."""
+    layer, moe = layer_of({"name": "top2", **NO_NOISE})
+    multiply({0: layer}, moe, 2, noise=0.0)
+    trained(layer, 5)
+    assert torch.equal(layer.experts.down_proj[0::2], layer.experts.down_proj[1::2])
+
+
+def test_noise_of_copies_cancels_and_is_as_large_as_it_says() -> None:
+    layer, moe = layer_of({"name": "top2"})
+    old = layer.experts.down_proj.detach().clone()
+    multiply({0: layer}, moe, 4, noise=0.01, generator=torch.Generator().manual_seed(0))
+    apart = (layer.experts.down_proj.detach() - old.repeat_interleave(4, 0)).unflatten(0, (5, 4))
+    assert apart.sum(1).abs().max() < 1e-14
+    # Four that cancel have three quarters of the variance; 1,440 draws.
+    assert apart.std().item() == pytest.approx(0.01 * old.std().item() * 0.75**0.5, rel=0.1)
+
+
+def test_scheduled_numbers_of_experts_follow() -> None:
+    schedule = {"top_k": [[0, 4], [0.5, 2]]}
+    layer, moe = layer_of({"name": "topk", "top_k": 2}, schedule=schedule)
+    layer.train().router.set_top_k(4)  # as the schedule has it in training: not what a token keeps
+    grown = multiply({0: layer}, moe, 2)
+    assert grown.router["top_k"] == 4 == layer.eval().router.top_k
+    assert grown.schedule.top_k is not None and grown.schedule.top_k.points == ((0.0, 8.0), (0.5, 4.0))
+    assert changes(moe, grown) == ("moe.schedule.top_k ends at 4 now, not 2",)
+    refuse_unfit(grown.schedule, {0: layer})
+    one, moe = layer_of({"name": "topk", "top_k": 1, "norm_topk_prob": False}, schedule={"top_k": [[0, 4], [0.5, 1]]})
+    grown = multiply({0: one}, moe, 2)
+    assert grown.schedule.top_k is None and one.router.top_k == 1
+    assert changes(moe, grown) == ("moe.schedule.top_k is gone: a token keeps one expert",)
+    kept, moe = layer_of({"name": "topk", "top_k": 2}, schedule=schedule)
+    assert append({0: kept}, moe, 2).schedule == moe.schedule
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_experts_that_choose_take_as_many_tokens_each(top_k: int) -> None:
+    layer, moe = layer_of({"name": "expert-choice", "top_k": top_k, "capacity_factor": 1.5})
+    before = layer(tokens())
+    grown = multiply({0: layer}, moe, 3)
+    torch.testing.assert_close(layer(tokens()), before, rtol=0, atol=FLOAT64)
+    assert grown.router["top_k"] == 3 * top_k
 
 
 def test_a_grown_layer_learns() -> None:

@@ -99,7 +99,20 @@ def test_few_tokens_for_the_model() -> None:
 def costs(planned: Anatomy, memory_of_device: float, config: Any, kind: str = "cuda") -> list[Cost]:
     device = replace(known_devices()["L4"], memory=memory_of_device, kind=kind)
     tokens = plan_tokens(planned, config, BLOCK, None)
-    return [cost_on(device, planned, tokens, plan_memory(planned, config, BLOCK, kind), precision="float32")]
+    memory, precision = plan_memory(planned, config, BLOCK, kind), config.train.precision
+    return [cost_on(device, planned, tokens, memory, precision=precision)]
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "bfloat16-pure"])
+def test_bfloat16_on_a_cpu_is_not_predicted_and_told_so(precision: str) -> None:
+    config, single = experiment(train={"precision": precision}), experiment()
+    (said,) = memory_advice(model(), None, config, BLOCK, costs(model(), 1e12, config, "cpu"))
+    assert said.startswith(f"the memory of {precision} on a CPU is not predicted well")
+    assert memory_advice(model(), None, config, BLOCK, costs(model(), 1e12, config)) == []
+    assert memory_advice(model(), None, single, BLOCK, costs(model(), 1e12, single, "cpu")) == []
+    # Computed in float32, where a CPU has no bfloat16, it is.
+    without = [replace(cost, computed_as="float32") for cost in costs(model(), 1e12, config, "cpu")]
+    assert memory_advice(model(), None, config, BLOCK, without) == []
 
 
 def test_what_fits_gets_no_advice() -> None:
@@ -116,6 +129,31 @@ def test_a_smaller_micro_batch_is_named_and_fits() -> None:
     assert "--set eval" not in said
 
 
+@pytest.mark.parametrize(("batch", "fits"), [(45, 15), (45, 9), (135, 27), (7, 1), (97, 1)])
+def test_every_divisor_is_tried(batch: int, fits: int) -> None:
+    """The largest that fits: halves are not the only micro-batches of the same step."""
+    planned, config = model(num_layers=12), experiment(train={"batch_size": batch * 64}, eval={"batch_size": 1})
+    smaller = {"batch_size": fits * 64, "grad_accum": batch // fits}
+    room = plan_memory(planned, experiment(train=smaller, eval={"batch_size": 1}), BLOCK, "cuda").peak * 1.001
+    (said,) = memory_advice(planned, None, config, BLOCK, costs(planned, room, config))
+    assert f"--set train.batch_size={fits * 64} --set train.grad_accum={batch // fits} it takes" in said
+
+
+def test_experts_are_not_blamed_for_activations() -> None:
+    """Forty-five rows of many tokens: one row at a time fits, and the experts stay as many."""
+    planned, config = model({"router": "top2"}), experiment(train={"batch_size": 45}, eval={"batch_size": 1})
+    one = experiment(train={"batch_size": 1, "grad_accum": 45}, eval={"batch_size": 1})
+    room = plan_memory(planned, one, BLOCK, "cuda").peak * 1.001
+    (said,) = memory_advice(planned, model(), config, BLOCK, costs(planned, room, config))
+    assert "fewer of them" not in said and "--set train.batch_size=" in said
+
+
+def test_a_dense_parent_that_does_not_fit_either_is_no_way_out() -> None:
+    planned, config = model({"router": "top2"}), experiment(train={"batch_size": 4}, eval={"batch_size": 1})
+    (said,) = memory_advice(planned, model(), config, BLOCK, costs(planned, 1e6, config))
+    assert said.endswith("no micro-batch fits: take a smaller model.")
+
+
 def test_a_smaller_evaluation_is_named_where_that_is_what_is_too_large() -> None:
     planned, config = model(), experiment(train={"batch_size": 4}, eval={"batch_size": 4096})
     room = plan_memory(planned, experiment(train={"batch_size": 4}, eval={"batch_size": 4}), BLOCK, "cuda").peak * 1.01
@@ -129,5 +167,6 @@ def test_experts_that_do_not_fit_are_set_against_the_dense_parent() -> None:
     room = plan_memory(dense, config, BLOCK, "cuda").peak * 1.02
     (said,) = memory_advice(planned, dense, config, BLOCK, costs(planned, room, config))
     assert "99% of weights, gradients and optimizer state are experts'" in said and said.endswith("and fits.")
+    assert "no micro-batch fits" in said
     (alone,) = memory_advice(dense, None, config, BLOCK, costs(dense, 1e6, config))
     assert alone.endswith("no micro-batch fits: take a smaller model.")

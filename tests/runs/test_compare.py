@@ -216,3 +216,86 @@ def test_a_config_that_is_no_experiment_is_named_too(make_run: MakeRun) -> None:
     path.unlink()
     with pytest.raises(MoectlError, match="config.yaml is missing"):
         run_config(path.parent)
+
+
+def of(variant: str, **more: object) -> dict[str, object]:
+    return {"group": {"name": "g", "variant": variant}, **more}
+
+
+def three(make_run: MakeRun, **third: object) -> list[RunDir]:
+    """Two seeds each of dense and moe that finished, and of no-lb."""
+    runs = [make_run(f"d{s}", router=None, seed=s, losses=[3.0, 2.5, 2.0 + 0.1 * s], **of("dense")) for s in range(2)]
+    runs += [make_run(f"m{s}", seed=s, losses=[3.0, 2.4, 1.9 + 0.1 * s], **of("moe")) for s in range(2)]
+    return runs + [make_run(f"n{s}", seed=s, lr=1e-4, **{**of("no-lb"), **third}) for s in range(2)]
+
+
+def test_one_that_stopped_early_does_not_hold_the_others_back(make_run: MakeRun) -> None:
+    result = compared(*three(make_run, losses=[2.9, 2.6], status="collapsed"))
+    assert [group.label for group in result.configurations] == ["dense", "moe", "no-lb"]
+    assert [group.at_tokens for group in result.configurations] == [300_000, 300_000, 200_000]
+    moe, no_lb = result.verdicts
+    assert (moe.at_tokens, moe.baseline_loss, moe.other_loss) == (300_000, pytest.approx(2.05), pytest.approx(1.95))
+    # At the tokens that it reached, against the baseline's own evaluation there, and not against its last.
+    assert (no_lb.at_tokens, no_lb.baseline_loss, no_lb.other_loss) == (200_000, 2.5, 2.6)
+    assert no_lb.difference.mean == pytest.approx(0.1) and no_lb.method == "paired by seed"
+    assert no_lb.text.startswith("no-lb − dense at 200,000 tokens = +0.1000 nats") and no_lb.text.endswith(" there.")
+    assert moe.text.startswith("moe − dense = -0.1000 nats")
+    assert result.configurations[2].stopped_early == ["n0", "n1"] and result.configurations[0].stopped_early == []
+    told = [(early.run, early.at_tokens, early.loss, early.baseline, early.baseline_loss) for early in result.early]
+    assert told == [
+        ("n0", 200_000, 2.6, "d0", 2.5), ("n1", 200_000, 2.6, "d1", 2.5),
+    ]  # fmt: skip
+    (note, _) = [note for note in result.notes if "collapsed" in note]
+    assert note == (
+        "n0 (collapsed) reached 200,000 of 300,000 tokens. At 200,000, the last evaluation that both have, its LM loss"
+        " is 2.6000, that of d0 2.5000 (+0.1000)."
+    )
+
+
+def test_a_run_that_can_go_on_is_left_out_where_other_seeds_are_there(make_run: MakeRun) -> None:
+    runs = three(make_run, losses=[2.9, 2.6, 2.3])
+    stopped = make_run("m2", seed=2, losses=[3.1], status="interrupted", **of("moe"))
+    result = compared(*runs, stopped, make_run("d2", router=None, seed=2, losses=[3.0, 2.5, 2.1], **of("dense")))
+    dense, moe, _ = result.configurations
+    assert (moe.at_tokens, moe.left_out, moe.loss.n) == (300_000, ["m2"], 2)
+    assert (dense.left_out, dense.loss.n) == ([], 3)
+    assert result.verdicts[0].seeds == [0, 1]
+    (row,) = [row for row in result.runs if not row["counted"]]
+    assert (row["id"], row["at_tokens"], row["eval_lm_loss"]) == ("m2", 100_000, 3.1)
+    (early,) = result.early
+    assert (early.run, early.reached, early.at_tokens, early.loss) == ("m2", 100_000, 100_000, 3.1)
+    assert (early.baseline, early.baseline_loss) == ("d2", 3.0)
+
+
+def test_where_all_seeds_only_stopped_they_are_compared_at_what_they_reached(make_run: MakeRun) -> None:
+    result = compared(*three(make_run, losses=[2.9, 2.6], status="interrupted"))
+    no_lb = result.configurations[2]
+    assert (no_lb.at_tokens, no_lb.left_out, result.verdicts[1].at_tokens) == (200_000, [], 200_000)
+
+
+def test_one_that_stopped_before_any_evaluation_is_judged_by_none(make_run: MakeRun) -> None:
+    runs = three(make_run, losses=[], status="collapsed", close=False)
+    for run in runs[-2:]:
+        run.log(0, 0, {"eval/lm_loss": 5.0})
+        run.log(40, 40_000, {"train/lm_loss": 4.0})
+        run.release()
+    result = compared(*runs)
+    moe, no_lb = result.verdicts
+    assert result.matched and moe.at_tokens == 300_000
+    assert (no_lb.at_tokens, no_lb.better) == (None, None) and "not matched (tokens): no verdict" in no_lb.text
+    assert any("compared with none" in note for note in result.notes)
+
+
+def test_time_and_money_are_added_up_and_marked_where_unknown(make_run: MakeRun) -> None:
+    paid = {"duration_s": 60.0, "cost": 0.5, "train_seconds": 10.0, "train_tokens": 1000}
+    runs = [make_run(f"d{s}", router=None, seed=s, **of("dense", **paid)) for s in range(2)]
+    runs += [make_run("m0", **of("moe", **paid)), make_run("m1", seed=1, **of("moe", duration_s=30.0))]
+    dense, moe = compared(*runs).configurations
+    assert (dense.duration_s, dense.cost, dense.tokens_per_second) == (120.0, 1.0, 100.0)
+    assert (moe.duration_s, moe.cost) == (90.0, None)
+
+
+def test_variants_of_a_group_bear_their_own_names(make_run: MakeRun) -> None:
+    runs = [make_run(f"x{s}", seed=s, **of("plain")) for s in range(2)]
+    runs += [make_run(f"y{s}", seed=s, lr=1e-4, **of("slow")) for s in range(2)]
+    assert [group.label for group in compared(*runs).configurations] == ["plain", "slow"]

@@ -20,9 +20,14 @@ from moectl.runs.logger import RunRecorder
 from tests.runs.conftest import MakeRun
 
 
-def seen(folder: Path, *, ago: float, host: str = "host-b") -> None:
-    note = {"pid": 77, "host": host, "time": time.time() - ago}
+def seen(
+    folder: Path, *, ago: float, host: str = "host-b", boot: str | None = None, written: float | None = None
+) -> None:
+    """A sign of life ``ago`` seconds by its writer's clock, and ``written`` by that of the file system."""
+    note = {"pid": 77, "host": host, "time": time.time() - ago, "boot": boot}
     (folder / heartbeat.NAME).write_text(json.dumps(note), encoding="ascii")
+    moment = time.time() - (ago if written is None else written)
+    os.utime(folder / heartbeat.NAME, (moment, moment))
 
 
 def test_it_beats_until_it_is_stopped(tmp_path: Path) -> None:
@@ -61,6 +66,38 @@ def test_who_is_alive_elsewhere(tmp_path: Path, ago: float, host: str, network: 
     assert found is None or (found.pid, found.host) == (77, "host-b")
 
 
+@pytest.mark.parametrize(
+    ("host", "boot", "alive"),
+    [
+        (platform.node(), "another-boot", True),  # names come twice
+        (platform.node(), None, False),
+        ("host-b", heartbeat._boot(), False),  # a container of this machine, whose locks reach here
+        ("host-b", "another-boot", True),
+    ],
+)
+@pytest.mark.skipif(heartbeat._boot() is None, reason="this system gives its boots no names")
+def test_the_boot_tells_machines_apart_not_the_name(tmp_path: Path, host: str, boot: str | None, alive: bool) -> None:
+    seen(tmp_path, ago=1.0, host=host, boot=boot)
+    assert (alive_elsewhere(tmp_path, network=True) is not None) == alive
+
+
+def test_one_clock_that_is_wrong_makes_no_run_lost(tmp_path: Path) -> None:
+    seen(tmp_path, ago=-3600.0, written=5.0)
+    assert alive_elsewhere(tmp_path, network=True) is not None, "the writer's clock is an hour ahead"
+    seen(tmp_path, ago=3600.0, written=3600.0)
+    assert alive_elsewhere(tmp_path, network=True) is None
+    # This machine's clock is an hour ahead: what it writes itself has the file system's time.
+    assert alive_elsewhere(tmp_path, network=True, now=time.time() - 3600.0 + 20.0) is not None
+
+
+def test_a_sign_that_cannot_be_removed_keeps_no_run_from_its_end(make_run: MakeRun) -> None:
+    run = make_run("stuck", close=False)
+    recorder = RunRecorder(run)
+    recorder._heartbeat.path = run.path / "routing"  # a folder, which unlink refuses
+    recorder.close()
+    assert not run.live
+
+
 def test_a_run_alive_elsewhere_is_running_and_gets_no_second_writer(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,7 +105,9 @@ def test_a_run_alive_elsewhere_is_running_and_gets_no_second_writer(
     run = make_run("far", status="running")
     seen(run.path, ago=4.0)
     assert run.status == "lost", "on a local disk the lock alone decides"
-    monkeypatch.setattr(rundir, "alive_elsewhere", lambda folder: alive_elsewhere(folder, network=True))
+    monkeypatch.setattr(
+        rundir, "alive_elsewhere", lambda folder, now=None: alive_elsewhere(folder, network=True, now=now)
+    )
     assert run.live and run.status == "running"
     with pytest.raises(ConfigError, match=r"written by PID 77 on host-b, [45] s ago") as caught:
         run.acquire()
@@ -108,5 +147,6 @@ def test_a_killed_run_is_lost_and_says_when_it_was_last_seen(home: Path, capsys:
     assert f"PID {process.pid} on {platform.node()}" in capsys.readouterr().out
     run = RunDir.open(home / "runs" / "killed").acquire()
     with RunRecorder(run):
-        assert last_beat(run.path) == Beat(os.getpid(), platform.node(), pytest.approx(time.time(), abs=60))
+        now = pytest.approx(time.time(), abs=60)
+        assert last_beat(run.path) == Beat(os.getpid(), platform.node(), now, heartbeat._boot())
     assert last_beat(run.path) is None, "who ends in order leaves its ending, and no sign of life"

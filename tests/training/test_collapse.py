@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moectl.config.schema import CollapseConfig
+from moectl.errors import CheckError
 from moectl.training.collapse import CollapseDetector, Finding
 
 
@@ -64,6 +65,14 @@ def test_a_schedule_that_lowers_k_between_two_checks_is_no_collapse() -> None:
     assert check({0: [1000] + [2000 // 7] * 7}, tokens=1000)[0].kind == "dominance"
 
 
+def test_where_an_even_load_is_as_high_as_the_bound_halfway_from_it_to_all_is_dominance() -> None:
+    """Two of three experts: an even load is 2/3 each, above the default bound of 0.6, and 5/6 is halfway to all."""
+    for load, found in (([1000, 500, 500], True), ([840, 580, 580], True), ([830, 585, 585], False)):
+        findings = check({0: load}, tokens=1000)
+        assert [(each.kind, each.expert) for each in findings] == ([("dominance", 0)] if found else []), load
+    assert check({0: [1000, 1000, 1000]}, tokens=1000) == [], "k = E: every expert takes all"
+
+
 def test_where_experts_choose_none_can_dominate_but_one_may_starve() -> None:
     """Expert choice with a large capacity takes 80 % of the tokens by construction."""
     load = [800, 800, 800, 800]
@@ -97,6 +106,10 @@ def test_a_restored_detector_goes_on_counting() -> None:
     detector, bad = CollapseDetector(CollapseConfig()), {4: torch.tensor([900, 100])}
     detector.check(bad, 1000)
     detector.check(bad, 1000)
-    restored = CollapseDetector(CollapseConfig())
+    restored = CollapseDetector(CollapseConfig(), [4])
     restored.load_state_dict(detector.state_dict())
     assert restored.check(bad, 1000)[0].collapsed
+    for wrong in ({}, {"5": 0}, {"4": 0, "5": 0}):
+        with pytest.raises(CheckError, match="bad checks of the layers"):
+            restored.load_state_dict({"in_a_row": wrong})
+    assert CollapseDetector(CollapseConfig(), [4, 6]).state_dict() == {"in_a_row": {"4": 0, "6": 0}}

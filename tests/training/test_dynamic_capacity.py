@@ -12,6 +12,7 @@ import torch
 from moectl.config.schema import ExperimentConfig
 from moectl.corpus.loader import PackedDataset
 from moectl.corpus.manifest import Manifest
+from moectl.errors import CheckError
 from moectl.moe.capacity import Capacity
 from moectl.moe.stats import load_cv
 from moectl.training.dynamic_capacity import DynamicCapacity
@@ -89,6 +90,10 @@ def test_state_goes_through_a_checkpoint_exactly(experiment: Make, dataset: Pack
         made.check({0: UNEVEN, 1: EVEN})
     fresh.load_state_dict(made.state_dict())
     assert factors(fresh) == factors(made) and factors(made)[0] == 1.5 * 1.1 * 1.1 * 1.1
+    for wrong in ({}, {"0": 1.5}, {"0": 1.5, "1": 1.5, "2": 1.5}, {"0": 1.5, "1": "wide"}, {"0": 1.5, "1": 0.0}):
+        with pytest.raises(CheckError, match="capacity factors"):
+            fresh.load_state_dict(wrong)
+    assert factors(fresh) == factors(made)
 
 
 def test_a_run_moves_its_capacity_and_says_so(experiment: Make, dataset: PackedDataset, tmp_path: Path) -> None:

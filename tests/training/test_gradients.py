@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from moectl.config.schema import ExperimentConfig
 from moectl.corpus.loader import PackedDataset
 from moectl.moe import MLPExperts, MoELayer
 from moectl.routers import build_router
-from moectl.training.gradients import expert_norms
+from moectl.training.gradients import expert_norms, group_norms
 from tests.training.test_trainer import Recorder, make_trainer
 
 Make = Callable[..., ExperimentConfig]
@@ -47,6 +49,23 @@ def test_the_groups_make_up_the_whole(
             slices = [p.grad[expert] for p in layer.experts.parameters() if p.grad is not None]
             here = metrics[f"grad_norm/layer.{number}.expert.{expert}"]
             assert here == pytest.approx(math.sqrt(square(slices)), rel=1e-12)
+
+
+def test_each_gradient_is_squared_once(experiment: Make, dataset: PackedDataset, tmp_path: Path) -> None:
+    """In float64, which is what the metrics cost: an expert's squares are its layer's, too."""
+    trainer = make_trainer(experiment(moe={"router": {"name": "top2"}}), dataset, tmp_path)
+    trainer.optimizer_step()
+    squared = []
+
+    class Counting(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.linalg.vector_norm:
+                squared.append(args[0].numel())
+            return function(*args, **(kwargs or {}))
+
+    with Counting():
+        group_norms(trainer.optimizer.param_groups, trainer.layers)
+    assert sum(squared) == sum(p.numel() for p in trainer.model.parameters() if p.grad is not None)
 
 
 def test_they_are_measured_at_log_steps_alone_and_before_clipping(

@@ -17,7 +17,10 @@ from moectl.config.schema import DataConfig, ExperimentConfig
 from moectl.corpus.loader import PackedDataset
 from moectl.errors import MoectlError
 from moectl.moe.router import RouterError
+from moectl.runs.logger import RunRecorder
+from moectl.runs.rundir import RunDir
 from moectl.training.memory import OutOfMemory, explained, is_out_of_memory
+from moectl.training.protocol import ObjectiveSums, language_modelling
 from moectl.training.state import newest_checkpoint
 from tests.training.test_trainer import Recorder, assert_equal, make_trainer, weights
 
@@ -43,6 +46,15 @@ def test_every_way_in_which_memory_runs_out_is_known() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
     assert is_out_of_memory(caught.value)
+    for said in (
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA out of memory. Tried to allocate 20 MiB",
+        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried",
+    ):
+        assert is_out_of_memory(RuntimeError(said)), said
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert is_out_of_memory(MemoryError()) and is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     wrapped = RouterError("layer 0's router: route() raised")
     assert not is_out_of_memory(wrapped)
@@ -137,6 +149,40 @@ def test_a_checkpoint_follows_and_a_resumed_run_stays_halved(
     assert resumed.halving.blocks == 2
     resumed.train()
     assert_equal(weights(trainer), weights(resumed))
+
+
+def test_a_halving_stays_in_the_record_of_a_run_that_goes_back_in_the_same_step(
+    experiment: Make, dataset: PackedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record that is cut back is a real one. Memory runs out at step 7, whose loss is fifty times as high."""
+    monkeypatch.setenv("MOECTL_HOME", str(tmp_path))
+    spike = {"action": "rollback", "window": 3, "limit": 9}
+    config = experiment(train={"halve_on_oom": True, "checkpoint_every": 4, "check_every": 12, "spike": spike})
+    trainers: list[Any] = []
+
+    def objective(model: Any, batch: Any, labels: Any) -> ObjectiveSums:
+        sums = language_modelling(model, batch, labels)
+        return ObjectiveSums(sums.total, sums.lm * (50 if done else 1))
+
+    done: list[int] = []
+    run = RunDir.create("halved", config_yaml="{}", record={})
+    said: list[str] = []
+    with RunRecorder(run, warn=said.append) as recorder:
+        trainers.append(make_trainer(config, dataset, run.checkpoints, logger=recorder, objective=objective))
+        trainer = trainers[0]
+        trainer._begin()
+        for _ in range(6):
+            assert trainer._next_step() is None
+        done.append(trainer.step)
+        fills(trainer, 1)
+        assert trainer._next_step() is None
+        assert trainer.spike is not None and trainer.step == 4 and trainer.halving.pieces == 2
+        events = [event for event in run.events() if event["kind"] in ("out_of_memory", "loss_spike")]
+    assert [(event["kind"], event.get("at"), event.get("step")) for event in events] == [
+        ("out_of_memory", 7, None),
+        ("loss_spike", None, 4),
+    ]
+    assert [line.partition(":")[2][:10] for line in said] == [" at step 7", " at step 4"]
 
 
 def test_memory_that_runs_out_in_the_first_look_is_met_too(

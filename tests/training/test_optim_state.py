@@ -214,6 +214,42 @@ def test_every_problem_is_listed_and_nothing_is_changed() -> None:
     assert not fresh.state and fresh.param_groups[0]["lr"] == 7.0
 
 
+@pytest.mark.parametrize("vouched", [False, True])
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("norm.bias/exp_avg", lambda tensor: tensor[:3]),
+        ("norm.bias/exp_avg_sq", Tensor.double),
+        ("embed.weight/step", lambda tensor: tensor[None]),
+        ("embed.weight/step", Tensor.long),
+        ("inner.weight/exp_avg", Tensor.half),
+    ],
+)
+def test_a_moment_of_another_shape_or_dtype_reaches_no_kernel(
+    key: str, change: Callable[[Tensor], Tensor], vouched: bool
+) -> None:
+    """Whether or not the JSON beside it was changed to agree."""
+    model, optimizer = stepped(OPTIMIZERS["adamw_fused"])
+    tensors, state = pack_optimizer(optimizer, model.named_parameters())
+    tensors = tensors | {key: change(tensors[key]).clone()}
+    if vouched:
+        name, _, part = key.partition("/")
+        state["params"][name]["state"]["tensors"][part] = f"{list(tensors[key].shape)} {tensors[key].dtype}"
+    fresh = OPTIMIZERS["adamw_fused"](other := Tiny())
+    with pytest.raises(CheckError, match=f"differs: {key} is"):
+        unpack_optimizer(fresh, other.named_parameters(), tensors, state)
+    assert not fresh.state
+
+
+def test_a_moment_that_is_missing_in_both_is_named() -> None:
+    model, optimizer = stepped()
+    tensors, state = pack_optimizer(optimizer, model.named_parameters())
+    del tensors["norm.bias/exp_avg_sq"], state["params"]["norm.bias"]["state"]["tensors"]["exp_avg_sq"]
+    fresh = OPTIMIZERS["adamw"](other := Tiny())
+    with pytest.raises(CheckError, match=r"norm\.bias has the state exp_avg, step"):
+        unpack_optimizer(fresh, other.named_parameters(), tensors, state)
+
+
 @pytest.mark.parametrize("make", [OPTIMIZERS["sgd"], OPTIMIZERS["adamw_names"]], ids=["class", "groups"])
 def test_another_optimizer_is_refused(make: Callable[[Tiny], Optimizer]) -> None:
     model, optimizer = stepped()

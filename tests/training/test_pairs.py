@@ -89,6 +89,53 @@ def test_too_few_tokens_and_k_close_to_the_number_of_experts_say_nothing() -> No
     assert watch.check(2, chosen_together(routing(seven_of_eight), 8)) is None
 
 
+def test_small_steps_add_up_over_checks() -> None:
+    """64 tokens an expert and step: the second check has enough, and every further one, which forgets by halves."""
+    watch = PairWatch(CollapseConfig(), {0: layer_of(8)})
+    fixed = together((0, 1), (2, 3), (4, 5), (6, 7), tokens=256, experts=8)
+    assert [watch.check(0, fixed) is not None for _ in range(4)] == [False, True, True, True]
+    assert int(watch.chosen[0][0, 0]) == (128 // 2 + 64) // 2 + 64
+    saved = {name: tensor.clone() for name, tensor in watch.tensors().items()}
+    assert torch.equal(saved["together.0"], watch.chosen[0])
+    mixed = together(*((first, second) for first in range(8) for second in range(first)), tokens=280, experts=8)
+    found = [watch.check(0, mixed) is not None for _ in range(6)]
+    assert found == [False] * 6, "what was counted before weighs too little by now"
+    watch.forget(0, [1])
+    assert int(watch.chosen[0][1].sum()) == int(watch.chosen[0][:, 1].sum()) == 0
+    large = together((0, 1), (2, 3), (4, 5), (6, 7), tokens=800, experts=8)
+    assert watch.check(0, large) is not None and torch.equal(watch.chosen[0], large), "one step is enough by itself"
+
+
+def test_copies_that_grow_apart_to_and_fro_about_the_bound_are_not_called_alike() -> None:
+    layer = layer_of(2)
+    base = [parameter[0].detach().clone() for parameter in layer.experts.parameters()]
+    other = [torch.randn_like(each) for each in base]
+    dot, norm = (sum(float((x * y).sum()) for x, y in zip(base, each, strict=True)) for each in (other, base))
+    other = [y - dot / norm * x for x, y in zip(base, other, strict=True)]
+    scale = (norm / sum(float((y * y).sum()) for y in other)) ** 0.5
+    watch = PairWatch(CollapseConfig(), {0: layer})
+
+    def found(cosine: float) -> bool:
+        with torch.no_grad():
+            for parameter, x, y in zip(layer.experts.parameters(), base, other, strict=True):
+                parameter[0], parameter[1] = x, cosine * x + (1 - cosine**2) ** 0.5 * scale * y
+        return watch.check(0, None) is not None
+
+    assert not any(found(cosine) for cosine in (0.995, 0.991, 0.98995, 0.9901, 0.9902, 0.981, 0.9901))
+    assert not found(0.979) and not found(0.9899) and found(0.9901), "well below the bound, and above it again"
+
+
+def test_weights_that_are_not_finite_hide_no_other_pair() -> None:
+    layer = layer_of()
+    watch = PairWatch(CollapseConfig(), {0: layer})
+    assert watch.check(0, None) is None
+    with torch.no_grad():
+        for parameter in layer.experts.parameters():
+            parameter[1], parameter[2] = parameter[0], float("nan")
+    found = watch.check(0, None)
+    assert found is not None and (found.first, found.second) == (0, 1)
+
+
 def test_grown_alike_is_above_the_bound_after_having_been_below() -> None:
     layer = layer_of()
     watch = PairWatch(CollapseConfig(max_cosine=0.9), {3: layer})

@@ -106,14 +106,14 @@ def test_every_generator_comes_back(
 def test_a_gradient_scaler_has_its_place(experiment: Make, dataset: PackedDataset, tmp_path: Path) -> None:
     trainers = [make_trainer(experiment(), dataset, tmp_path / name) for name in "ab"]
     for trainer, scale in zip(trainers, (512.0, 2.0), strict=True):
-        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=7)
-    trainers[0].scaler.scale(torch.ones(1))
-    trainers[0].scaler.update(64.0)
+        trainer.precision.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=7)
+    trainers[0].precision.scaler.scale(torch.ones(1))
+    trainers[0].precision.scaler.update(64.0)
     trainers[0].save()
     trainers[1].restore(newest_checkpoint(tmp_path / "a")[0])
-    assert trainers[1].scaler is not None
-    assert trainers[1].scaler.state_dict() == trainers[0].scaler.state_dict()
-    assert trainers[1].scaler.get_scale() == 64.0
+    assert trainers[1].precision.scaler is not None
+    assert trainers[1].precision.scaler.state_dict() == trainers[0].precision.scaler.state_dict()
+    assert trainers[1].precision.scaler.get_scale() == 64.0
 
 
 # --- the best one

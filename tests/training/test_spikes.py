@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,16 @@ from pydantic import ValidationError
 from moectl.config.guards import SpikeConfig
 from moectl.config.schema import ExperimentConfig, OptimConfig, TrainConfig
 from moectl.corpus.loader import PackedDataset
+from moectl.training.protocol import ObjectiveSums, language_modelling
 from moectl.training.spikes import SpikeRule
 from moectl.training.state import checkpoint_steps, load_checkpoint, newest_checkpoint, step_name
-from tests.training.test_trainer import Recorder, _interrupt_at, assert_equal, make_trainer, weights
+from tests.training.test_trainer import BUILT_IN, Recorder, _interrupt_at, assert_equal, make_trainer, weights
 
 Make = Callable[..., ExperimentConfig]
 
 
-def actions(rule: SpikeRule, losses: list[float]) -> list[str]:
-    return [spike.action if (spike := rule.look(step, loss)) else "" for step, loss in enumerate(losses, start=1)]
+def actions(rule: SpikeRule, losses: list[float], start: int = 1) -> list[str]:
+    return [spike.action if (spike := rule.look(step, loss)) else "" for step, loss in enumerate(losses, start)]
 
 
 def test_a_spike_is_above_mean_and_so_many_deviations_of_a_full_window() -> None:
@@ -57,6 +59,51 @@ def test_a_whole_window_without_a_spike_gives_the_limit_back() -> None:
     assert actions(rule, [*calm, 9.0, 1.0, 1.1, 1.2, 9.0]) == ["", "", "", "skip", "", "", "", "skip"]
 
 
+def test_steps_that_a_rollback_does_again_do_not_give_the_limit_back() -> None:
+    """A loss that jumps at step 20 whatever comes before, checkpoints much further apart than the window is wide."""
+    rule = SpikeRule(SpikeConfig(action="rollback", window=4, std=6.0, limit=3))
+    assert actions(rule, [2.0, 2.1, 2.0, 2.1]) == [""] * 4
+    before, answers, step = rule.state_dict(), [], 4
+    while len(answers) < 10 and answers[-1:] != ["fail"]:
+        step += 1
+        spike = rule.look(step, 9.0 if step == 20 else 2.0 + 0.1 * (step % 2))
+        if spike is None:
+            continue
+        answers.append(spike.action)
+        used, furthest = rule.used, rule.furthest
+        rule.load_state_dict(before)
+        rule.used, rule.furthest, rule.clean, step = used, furthest, 0, 4
+    assert answers == ["rollback"] * 3 + ["fail"]
+    # Past the step that jumped, a whole window gives it back; three steps do not.
+    for extra, left in ((3, 3), (4, 0)):
+        rule.load_state_dict(before)
+        rule.used, rule.furthest, rule.clean = 3, 20, 0
+        assert actions(rule, [2.0, 2.1] * 8 + [2.0] * extra, 5) == [""] * (16 + extra)
+        assert rule.used == left
+
+
+def test_a_flat_loss_has_no_spikes_in_its_last_bits() -> None:
+    for loss in (2.0, -2.0):
+        rule = SpikeRule(SpikeConfig(window=3))
+        assert actions(rule, [loss] * 4) == [""] * 4
+        assert rule.look(5, loss + 1e-9) is None
+        spike = rule.look(6, loss + 1e-4)
+        assert spike is not None and spike.bound == pytest.approx(loss + 2e-6, rel=1e-9)
+
+
+def test_a_wide_window_costs_little() -> None:
+    """0.2 ms for ten thousand losses where exact sums took 3.5; the best of many, on a machine that does more."""
+    rule = SpikeRule(SpikeConfig(window=10_000))
+    for step in range(10_000):
+        rule.look(step, 2.0 + (step % 7) / 100)
+    times = []
+    for step in range(10_000, 10_040):
+        began = time.perf_counter()
+        assert rule.look(step, 2.0) is None
+        times.append(time.perf_counter() - began)
+    assert min(times) < 1.5e-3
+
+
 def test_off_looks_at_nothing_and_nan_is_no_spike() -> None:
     off = SpikeRule(SpikeConfig(action="off"))
     assert actions(off, [1.0] * 60 + [1e9]) == [""] * 61 and not off.losses
@@ -73,7 +120,7 @@ def test_a_restored_rule_finds_the_same() -> None:
         first, second = SpikeRule(config), SpikeRule(config)
         seen = actions(first, losses[:cut])
         second.load_state_dict(first.state_dict())
-        assert seen + actions(second, losses[cut:]) == expected
+        assert seen + actions(second, losses[cut:], cut + 1) == expected
 
 
 def test_the_keys_are_strict() -> None:
@@ -91,10 +138,9 @@ def test_the_keys_are_strict() -> None:
 def run_config(experiment: Make, action: str, router: str = "top2", **spike: Any) -> ExperimentConfig:
     """So tight a rule that the ups and downs of a tiny run are spikes."""
     rule = {"action": action, "std": 0.5, "window": 4, **({"limit": 1000} if action in ("skip", "rollback") else {})}
-    return experiment(
-        moe={"router": {"name": router}},
-        train={"steps": 20, "keep_checkpoints": 9, "eval_every": 1000, "spike": rule | spike},
-    )
+    train = {"steps": 20, "keep_checkpoints": 9, "eval_every": 1000, "allow_noncausal": router == "expert-choice"}
+    options = {"top_k": 2} if router == "topk" else {}
+    return experiment(moe={"router": {"name": router, **options}}, train={**train, "spike": rule | spike})
 
 
 def test_a_skipped_step_moves_no_weight_and_all_that_counts_steps_goes_on(
@@ -145,7 +191,7 @@ def test_a_rollback_takes_the_weights_back_and_the_data_on(
     back = trainer.step
     spiked = trainer.spike.step
     assert back % 4 == 0 and back < spiked <= back + 4
-    assert trainer.tokens == back * 64 and trainer.trained_tokens == spiked * 64, "the work of them all was done"
+    assert trainer.tokens == back * 64 and trainer.clock.tokens == spiked * 64, "the work of them all was done"
     # The data cursor is past the step that jumped; weights and moments are the checkpoint's, saved anew with it.
     assert trainer.sampler.position == spiked * 4
     saved = load_checkpoint(tmp_path / step_name(back))
@@ -189,6 +235,54 @@ def test_resume_is_bit_exact(experiment: Make, dataset: PackedDataset, tmp_path:
     assert spikes == again
     ours, theirs = (newest_checkpoint(tmp_path / name)[0] for name in ("whole", "cut"))
     assert ours.state["spikes"] == theirs.state["spikes"] and ours.state["sampler"] == theirs.state["sampler"]
+
+
+def test_a_rollback_that_meets_the_same_jump_again_and_again_uses_up_the_limit(
+    experiment: Make, dataset: PackedDataset, tmp_path: Path
+) -> None:
+    """From step 15 on the loss is fifty times as high, whatever the data: checkpoints are ten windows apart."""
+    spike = {"action": "rollback", "std": 6.0, "window": 4, "limit": 2}
+    config = experiment(train={"steps": 60, "checkpoint_every": 40, "check_every": 60, "spike": spike})
+    trainers: list[Any] = []
+
+    def objective(model: Any, batch: Any, labels: Any) -> ObjectiveSums:
+        sums = language_modelling(model, batch, labels)
+        return ObjectiveSums(sums.total, sums.lm * (50 if trainers[0].step >= 14 else 1))
+
+    trainers.append(make_trainer(config, dataset, tmp_path, objective=objective))
+    trainers[0]._begin()
+    ending, steps = None, 0
+    while ending is None and steps < 200:
+        ending, steps = trainers[0]._next_step(), steps + 1
+    assert ending is not None and ending.status == "failed" and "train.spike.limit is used up" in ending.reason
+    assert steps == 3 * 15, "two rollbacks, each to the first checkpoint"
+    assert newest_checkpoint(tmp_path)[0].state["spikes"]["furthest"] == 15
+
+
+@pytest.mark.parametrize("router", BUILT_IN)
+def test_a_run_that_went_back_is_the_run_that_is_resumed(
+    experiment: Make, dataset: PackedDataset, tmp_path: Path, router: str
+) -> None:
+    """Whatever the router keeps between forward and the end of a step: the step that jumped had no end."""
+    config = run_config(experiment, "rollback", router)
+    trainer = make_trainer(config, dataset, tmp_path / "a")
+    trainer._begin()
+    while trainer.spike is None:
+        assert trainer.step < 20, "no spike in the whole run"
+        trainer._next_step()
+    resumed = make_trainer(config, dataset, tmp_path / "b")
+    resumed.restore(newest_checkpoint(tmp_path / "a")[0])
+    fresh = make_trainer(config, dataset, tmp_path / "c").unsaved
+    for each in (trainer, resumed):
+        assert_equal({name: b for name, b in each.model.named_buffers() if name in fresh}, fresh)
+        each.spikes = SpikeRule(SpikeConfig(action="off"))
+    ends = []
+    for each, drawn in ((trainer, torch.get_rng_state()), (resumed, torch.get_rng_state())):
+        torch.set_rng_state(drawn)
+        for _ in range(3):
+            assert each.optimizer_step()[1] is None
+        ends.append(weights(each))
+    assert_equal(*ends)
 
 
 @pytest.mark.parametrize("action", ["skip", "rollback"])

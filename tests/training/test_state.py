@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from moectl.errors import CheckError, MoectlError, NotFoundError
+from moectl.training import checkpoint_root
 from moectl.training.state import (
     Checkpoint,
     checkpoint_steps,
@@ -669,6 +671,49 @@ def test_a_reader_beside_a_writer_sees_no_folder_in_motion(tmp_path: Path, mode:
             stop.set()
         writing.result()
     assert all(messages == [] and found.tensors.keys() == many.keys() for found, messages in seen)
+
+
+HOLDS = """
+import fcntl, os, signal, sys
+handle = os.open(sys.argv[1], os.O_RDONLY)
+fcntl.flock(handle, fcntl.LOCK_EX)
+print("held", flush=True)
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_a_stopped_reader_does_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said once, and after the patience the save goes on without the lock."""
+    save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint_root, "SAID_AFTER_S", 0.2)
+    monkeypatch.setattr(checkpoint_root, "PATIENCE_S", 1.0)
+    with subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        try:
+            began = time.monotonic()
+            with pytest.warns(UserWarning, match="another process has held") as told:
+                save(tmp_path, 2)
+            assert time.monotonic() - began >= 1.0 and len(told) == 1
+        finally:
+            process.kill()
+    assert newest_checkpoint(tmp_path)[0].step == 2
+
+
+def test_the_folder_is_free_while_a_checkpoint_is_used(tmp_path: Path) -> None:
+    """Building a model takes long: a run may save and prune meanwhile, and a new checkpoint is not set aside."""
+    save(tmp_path, 1, 2)
+
+    def use(checkpoint: Checkpoint) -> int:
+        if checkpoint.step == 2:
+            save_checkpoint(tmp_path, 2, parts(9), {"again": True}, keep=9)
+            raise CheckError("not mine")
+        return checkpoint.step
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checkpoint, used, messages = newest_usable(tmp_path, use)
+    assert (checkpoint.step, used, messages) == (1, 1, [])
+    assert names(tmp_path) == ["step-00000001", "step-00000002"], "it is another one than was refused"
 
 
 @pytest.mark.parametrize("published", [False, True])

@@ -23,6 +23,7 @@ from moectl.training.optim import parameter_groups
 from moectl.training.state import checkpoint_steps, newest_checkpoint
 from moectl.training.trainer import Trainer
 from moectl.walk.models import build_model
+from tests.support import of_the_clock
 
 Make = Callable[..., ExperimentConfig]
 
@@ -36,7 +37,7 @@ class Recorder:
         self.counts: list[tuple[int, Mapping[str, Any]]] = []
 
     def log(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
-        self.rows.append((step, {k: v for k, v in values.items() if k != "train/tokens_per_second"}))
+        self.rows.append((step, {k: v for k, v in values.items() if not of_the_clock(k)}))
 
     def event(self, kind: str, message: str, **details: Any) -> None:
         self.events.append((kind, message))

@@ -24,6 +24,15 @@ no data cursor                      content   set aside
 no model described                  content   set aside
 state.json of another step          content   set aside
 state.json is no state              content   set aside
+a moment of another shape or dtype  content   set aside
+no moments                          content   set aside
+a zeroed generator                  content   set aside
+an impossible cursor, token count,  content   set aside
+record, best evaluation
+capacity factors, collapse counters content   set aside
+or spike losses missing or no       content   set aside
+numbers
+a manifest without a key            content   set aside
 may not be read                     system    skipped and left where it is: it may be good
 ==================================  ========  =================================================
 """
@@ -42,19 +51,23 @@ import pytest
 from torch import Tensor
 
 from moectl import paths
-from moectl.errors import CheckError, MoectlError
+from moectl.corpus.loader import PackedDataset
+from moectl.errors import CheckError, ConfigError, MoectlError
 from moectl.runs.rundir import RunDir
 from moectl.runs.store import Registry
 from moectl.training import checkpoint_files as files
-from moectl.training.state import checkpoint_steps, load_checkpoint
+from moectl.training import state
+from moectl.training.checkpoint_root import REPLACED, TEMPORARY, prune
+from moectl.training.state import checkpoint_steps, load_checkpoint, step_name
+from moectl.training.trainer import Trainer
 from moectl.walk.loading import load_run
 from moectl.walk.train import RunRequest, resume_run, start_run
-from tests.support import write_corpus
+from tests.support import of_the_clock, write_corpus
 from tests.walk.test_train import experiment, interrupted
 
 Tensors = dict[str, dict[str, Tensor]]
 CHANGES = {
-    "moe": {"router": {"name": "topk", "top_k": 2, "noise_std": 0.2}},
+    "moe": {"router": {"name": "topk", "top_k": 2, "noise_std": 0.2}, "capacity": {"factor": 1.3, "dynamic": True}},
     "train": {"steps": 8, "checkpoint_every": 2, "eval_every": 3},
 }
 NEWEST, BEFORE = 5, 4
@@ -121,6 +134,30 @@ def another_shape(state: dict[str, Any], tensors: Tensors) -> None:
     tensors["model"]["norm.weight"] = tensors["model"]["norm.weight"][:-1].clone()
 
 
+def moment(
+    state: dict[str, Any], tensors: Tensors, change: Callable[[Tensor], Tensor], *, vouched: bool = False
+) -> None:
+    """Another shape or dtype of a moment, which the fused kernel would run over; JSON may agree with it."""
+    spoilt = tensors["optimizer"]["norm.weight/exp_avg"] = change(tensors["optimizer"]["norm.weight/exp_avg"]).clone()
+    if vouched:
+        kinds = state["optimizer"]["params"]["norm.weight"]["state"]["tensors"]
+        kinds["exp_avg"] = f"{list(spoilt.shape)} {spoilt.dtype}"
+
+
+def no_moments(state: dict[str, Any], tensors: Tensors) -> None:
+    tensors["optimizer"].clear()
+    for entry in state["optimizer"]["params"].values():
+        entry["state"] = None
+
+
+def without(folder: Path, key: str) -> None:
+    """A manifest that lacks a key, with a right hash of itself."""
+    manifest = json.loads((folder / "manifest.json").read_text("ascii"))
+    del manifest["sha256"], manifest[key]
+    manifest["sha256"] = files._digest(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="ascii")
+
+
 def no_state(folder: Path) -> None:
     """Garbage with a right manifest."""
     forge(folder, lambda state, tensors: None)
@@ -163,20 +200,39 @@ BY_CONTENT: dict[str, Callable[[dict[str, Any], Tensors], object]] = {
     "experts-one-by-one": one_by_one,
     "another-world-size": lambda state, tensors: state.update(world_size=4),
     "no-cursor": lambda state, tensors: state["sampler"].pop("position"),
-    "no-model-described": lambda state, tensors: state.update(decoder={}),
+    "no-model-described": lambda state, tensors: state.update(model={}),
     "another-step": lambda state, tensors: state.update(step=BEFORE),
+    "moment-shape": lambda state, tensors: moment(state, tensors, lambda tensor: tensor[:3]),
+    "moment-dtype": lambda state, tensors: moment(state, tensors, Tensor.half),
+    "moment-shape-vouched": lambda state, tensors: moment(state, tensors, lambda tensor: tensor[:3], vouched=True),
+    "moment-dtype-vouched": lambda state, tensors: moment(state, tensors, Tensor.half, vouched=True),
+    "no-moments": no_moments,
+    "zeroed-generator": lambda state, tensors: tensors["rng"]["torch"].zero_(),
+    "negative-cursor": lambda state, tensors: state["sampler"].update(position=-7),
+    "cursor-too-low": lambda state, tensors: state["sampler"].update(position=NEWEST * 4 - 1),
+    "other-tokens": lambda state, tensors: state.update(tokens=1),
+    "half-a-record": lambda state, tensors: state["record"].pop("events"),
+    "no-record": lambda state, tensors: state.update(record=None),
+    "record-in-words": lambda state, tensors: state["record"].update(metrics="all"),
+    "best-in-words": lambda state, tensors: state.update(best={"metric": "eval/lm_loss", "value": "x", "step": 3}),
+    "no-capacity-factors": lambda state, tensors: state.update(capacity={}),
+    "capacity-in-words": lambda state, tensors: state["capacity"].update({"0": "wide"}),
+    "no-checks-in-a-row": lambda state, tensors: state["monitor"].update(collapse={"in_a_row": {}}),
+    "losses-in-words": lambda state, tensors: state["spikes"].update(losses=["x"]),
+    "no-pieces": lambda state, tensors: state.update(pieces=0),
 }
 DAMAGE = {
     **BY_HASH,
     **{name: (lambda folder, change=change: forge(folder, change)) for name, change in BY_CONTENT.items()},
     "no-state": no_state,
+    **{f"manifest-without-{key}": lambda f, k=key: without(f, k) for key in ("aliases", "format", "step", "files")},
 }
 
 
 def rows(folder: Path) -> list[Any]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     return [
-        (line["step"], line["tokens"], {k: v for k, v in line["values"].items() if "per_second" not in k})
+        (line["step"], line["tokens"], {k: v for k, v in line["values"].items() if not of_the_clock(k)})
         for line in lines
     ]
 
@@ -184,7 +240,7 @@ def rows(folder: Path) -> list[Any]:
 def registered(run: str) -> dict[str, Any]:
     registry = Registry(paths.registry_path())
     try:
-        names = [name for name in registry.metric_names(run) if "per_second" not in name]
+        names = [name for name in registry.metric_names(run) if not of_the_clock(name)]
         return {name: [(point.step, point.value) for point in registry.metrics(run, name)] for name in names}
     finally:
         registry.close()
@@ -255,3 +311,151 @@ def test_evaluation_falls_back_too(run: RunDir) -> None:
     forge(run.checkpoints / f"step-{NEWEST:08d}", one_by_one)
     loaded = load_run(run.path)
     assert loaded.step == BEFORE and "missing: layers.0.mlp.experts.gate_up_proj" in loaded.messages[0]
+
+
+# --- the record, and who else is there
+
+
+class Died(Exception):
+    """What stands for a kill."""
+
+
+def kinds(run: RunDir, kind: str) -> list[str]:
+    return [event["message"] for event in run.events() if event["kind"] == kind]
+
+
+def test_a_bad_checkpoint_stays_in_the_record_though_the_process_that_found_it_dies(
+    place: Place, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip(run.checkpoints / f"step-{NEWEST:08d}" / "model.safetensors")
+
+    def dies(trainer: Trainer) -> Any:
+        raise Died
+
+    with monkeypatch.context() as patch, pytest.raises(Died):
+        patch.setattr(Trainer, "optimizer_step", dies)
+        resume_run(run.id, RunRequest())
+    said: list[str] = []
+    assert resume_run(run.id, RunRequest(say=said.append)).status == "finished"
+    assert len(kinds(run, "bad_checkpoint")) == 1 and f"step-{NEWEST:08d}" in kinds(run, "bad_checkpoint")[0]
+    assert_recovered(place, run, said)
+
+
+@pytest.mark.parametrize("left", [0, 2, None], ids=["none", "two", "all"])
+def test_a_record_that_has_lost_lines_is_told_of(run: RunDir, left: int | None) -> None:
+    lines = (run.path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run.path / "metrics.jsonl").write_bytes(b"".join(lines[:left]))
+    said: list[str] = []
+    assert resume_run(run.id, RunRequest(say=said.append)).status == "finished"
+    expected = "metrics.jsonl has lost lines since the checkpoint was written: they stay lost"
+    assert [line for line in said if "warning" in line] == ([] if left is None else [f"warning: {expected}"])
+    assert kinds(run, "warning") == ([] if left is None else [expected])
+    assert len({row.step for row in run.metrics()}) == (9 if left is None else left + 3)
+
+
+def test_a_line_removed_by_hand_doubles_no_other(place: Place, run: RunDir) -> None:
+    """As a kill leaves it after step 5, with the checkpoint of step 4 the newest: its rows end where the file does."""
+    shutil.rmtree(run.checkpoints / f"step-{NEWEST:08d}")
+    lines = (run.path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert sum(json.loads(line)["step"] == NEWEST for line in lines) == 1
+    (run.path / "metrics.jsonl").write_bytes(b"".join([lines[0], *lines[3:]]))
+    assert resume_run(run.id, RunRequest()).status == "finished"
+    whole = rows(place.whole)
+    assert rows(run.path) == [whole[0], *whole[3:]]
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_what_a_kill_after_the_last_checkpoint_leaves_is_removed(
+    place: Place, monkeypatch: pytest.MonkeyPatch, keep_best: bool
+) -> None:
+    monkeypatch.setenv("MOECTL_HOME", str(place.home / "home"))
+    name = f"last-{keep_best}".lower()
+    changes = {"train": {**CHANGES["train"], "keep_checkpoints": 1, "keep_best": keep_best}}
+    config = experiment(place.home, name=name, **changes)
+
+    def dies(root: Path, kept: Any) -> None:
+        if 8 in checkpoint_steps(root):
+            (root / f"{TEMPORARY}pruned-step-00000002-aa").mkdir()
+            raise Died
+        prune(root, kept)
+
+    with monkeypatch.context() as patch, pytest.raises(Died):
+        patch.setattr(state, "prune", dies)
+        start_run(config, RunRequest())
+    run = RunDir.open(paths.runs_dir() / name)
+    assert len(list(run.checkpoints.iterdir())) > 3
+    assert resume_run(name, RunRequest()).status == "finished"
+    run.reload()
+    left = sorted(entry.name for entry in run.checkpoints.iterdir())
+    assert left == sorted(step_name(step) for step in {0, 8, 8 if not keep_best else run.record["best"]["step"]}), left
+
+
+def test_a_run_that_another_process_ends_meanwhile_is_not_opened_again(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, nested = PackedDataset.open.__func__, []  # type: ignore[attr-defined]
+
+    def slow(cls: type, *args: Any) -> Any:
+        if not nested:
+            nested.append(True)
+            assert resume_run(run.id, RunRequest()).status == "finished"
+        return original(cls, *args)
+
+    monkeypatch.setattr(PackedDataset, "open", classmethod(slow))
+    with pytest.raises(ConfigError, match="has finished: there is nothing to resume"):
+        resume_run(run.id, RunRequest())
+    again = RunDir.open(run.path)
+    assert again.status == "finished" and not again.live and len(kinds(again, "resumed")) == 1
+
+
+def test_a_run_without_a_checkpoint_that_another_process_trains_meanwhile_is_not_begun_again(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first process asks while the run has no checkpoint, the second one finishes it before the first begins."""
+    monkeypatch.setenv("MOECTL_HOME", str(place.home / "home"))
+    config = experiment(place.home, name="twice", train={"steps": 3})
+
+    def dies(trainer: Trainer) -> Any:
+        raise Died
+
+    with monkeypatch.context() as patch, pytest.raises(Died):
+        patch.setattr(Trainer, "train", dies)
+        start_run(config, RunRequest())
+    acquire, nested = RunDir.acquire, []
+
+    def slow(self: RunDir) -> RunDir:
+        if not nested:
+            nested.append(True)
+            assert start_run(config, RunRequest(go_on=True)).status == "finished"
+        return acquire(self)
+
+    monkeypatch.setattr(RunDir, "acquire", slow)
+    with pytest.raises(ConfigError, match="by another process meanwhile"):
+        start_run(config, RunRequest(go_on=True))
+    again = RunDir.open(paths.runs_dir() / "twice")
+    assert again.status == "finished" and not again.live and checkpoint_steps(again.checkpoints)[-1] == 3
+
+
+def test_other_threads_torch_or_device_than_before_are_told_of(run: RunDir) -> None:
+    versions = run.record["versions"]
+    run.update(threads=7, devices=["A card"], versions={**versions, "torch": "1.0"})
+    said: list[str] = []
+    assert resume_run(run.id, RunRequest(say=said.append)).status == "finished"
+    expected = [
+        f"torch was 1.0, and is {versions['torch']} now: from here on numbers may differ in their last bits",
+        "device was A card, and is cpu now: from here on numbers may differ in their last bits",
+        "threads was 7, and is 1 now: from here on numbers may differ in their last bits",
+    ]
+    assert [line for line in said if "warning" in line] == [f"warning: {text}" for text in expected]
+    assert kinds(run, "warning") == expected
+    run.reload()
+    assert (run.record["threads"], run.record["devices"]) == (1, ["cpu"])
+
+
+def test_the_first_checkpoint_killed_while_it_was_replaced_is_found(run: RunDir) -> None:
+    for step in checkpoint_steps(run.checkpoints)[1:]:
+        shutil.rmtree(run.checkpoints / step_name(step))
+    (run.checkpoints / step_name(0)).rename(run.checkpoints / f"{REPLACED}{step_name(0)}")
+    said: list[str] = []
+    assert resume_run(run.id, RunRequest(say=said.append)).status == "finished"
+    assert any(f"resuming {run.id} from step 0" in line for line in said)

@@ -31,7 +31,7 @@ from moectl.runs.rundir import RunDir
 from moectl.runs.store import Registry
 from moectl.training.checkpoint_root import REPLACED, TEMPORARY
 from moectl.training.state import checkpoint_steps, load_checkpoint, step_name
-from tests.support import write_corpus
+from tests.support import of_the_clock, write_corpus
 
 #: Options that make a router move as much as it can; the others as they come.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -57,7 +57,7 @@ class Kill(NamedTuple):
 class Bench:
     """A working folder with texts, a home, and one config by name of a run."""
 
-    def __init__(self, folder: Path, moe: dict[str, Any] | None, steps: int) -> None:
+    def __init__(self, folder: Path, moe: dict[str, Any] | None, steps: int, **train: Any) -> None:
         self.folder, self.steps = folder, steps
         self.home = folder / "home"
         self.environment = {**os.environ, "MOECTL_HOME": str(self.home), "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
@@ -73,7 +73,7 @@ class Bench:
                 "steps": steps, "batch_size": 4, "grad_accum": 2, "threads": 1, "log_every": 1, "eval_every": 10,
                 "check_every": 7, "checkpoint_every": 4, "allow_noncausal": noncausal,
                 "collapse": {"min_expected_count": 20.0},
-                "spike": {"action": "skip", "std": 2.0, "window": 8, "limit": 10_000},
+                "spike": {"action": "skip", "std": 2.0, "window": 8, "limit": 10_000}, **train,
             },
         }  # fmt: skip
         (folder / "run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
@@ -157,7 +157,7 @@ def _moments(bench: Bench, name: str, moment: str, draw: random.Random, startup:
 def rows(folder: Path) -> list[Any]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     return [
-        (line["step"], line["tokens"], {k: v for k, v in line["values"].items() if "per_second" not in k})
+        (line["step"], line["tokens"], {k: v for k, v in line["values"].items() if not of_the_clock(k)})
         for line in lines
     ]
 
@@ -192,7 +192,7 @@ def assert_registered_once(bench: Bench) -> None:
         for name in registry.metric_names("whole"):
             ours, theirs = (registry.metrics(run, name) for run in ("whole", "killed"))
             assert [point.step for point in ours] == [point.step for point in theirs], name
-            if "per_second" not in name:
+            if not of_the_clock(name):
                 assert [point.value for point in ours] == [point.value for point in theirs], name
     finally:
         registry.close()
@@ -213,20 +213,36 @@ def survives(bench: Bench, moments: list[str], seed: str) -> list[Kill]:
     return kills
 
 
-@pytest.mark.parametrize("moe", [None, EVERYTHING], ids=["dense", "everything"])
-def test_a_few_kills_change_nothing(tmp_path: Path, moe: dict[str, Any] | None) -> None:
-    kills = survives(Bench(tmp_path, moe, 80), ["train", "write", "start"], "few")
+@pytest.mark.parametrize(
+    ("moe", "train"),
+    [(None, {}), (EVERYTHING, {}), (None, {"async_checkpoint": True})],
+    ids=["dense", "everything", "async"],
+)
+def test_a_few_kills_change_nothing(tmp_path: Path, moe: dict[str, Any] | None, train: dict[str, Any]) -> None:
+    kills = survives(Bench(tmp_path, moe, 80, **train), ["train", "write", "start"], "few")
     assert len(kills) >= 2
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("router", ["dense", "everything", *ROUTERS])
+@pytest.mark.parametrize("router", ["dense", "everything", "async", "rollback", *ROUTERS])
 def test_twenty_kills_change_nothing(tmp_path: Path, router: str) -> None:
-    moe = {"dense": None, "everything": EVERYTHING}.get(router, {"router": {"name": router, **OPTIONS.get(router, {})}})
+    """``async``: everything, checkpoints written by a thread, and each layer computed twice. ``rollback``: everything,
+    and a run that goes back and saves anew at every jump of the loss.
+    """
+    known = {"dense": None, "everything": EVERYTHING, "async": EVERYTHING, "rollback": EVERYTHING}
+    moe = known.get(router, {"router": {"name": router, **OPTIONS.get(router, {})}})
+    train: dict[str, Any] = {
+        "async": {"async_checkpoint": True, "activation_checkpointing": True},
+        "rollback": {"spike": {"action": "rollback", "std": 2.0, "window": 8, "limit": 10_000}},
+    }.get(router, {})
     draw = random.Random(router)
     moments = ["train", "write", "write", "start"] * 5
     draw.shuffle(moments)
-    kills = survives(Bench(tmp_path, moe, 400), moments, router)
+    bench = Bench(tmp_path, moe, 400, **train)
+    kills = survives(bench, moments, router)
+    if router == "rollback":
+        jumps = [event for event in RunDir.open(bench.run("whole")).events() if event["kind"] == "loss_spike"]
+        assert len(jumps) >= 4, "it has gone back"
     print(f"\n{router}: " + ", ".join(f"{k.moment}@{k.step}{' writing' * k.writing}" for k in kills))
     assert len(kills) == len(moments), "the run ended before"
     assert any(hit.writing for hit in kills), "kills hit checkpoints that were being written"

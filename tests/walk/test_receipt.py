@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moectl.config.schema import MoEConfig
+from moectl.errors import CheckError, ConfigError
 from moectl.hf.language_model import HFLanguageModel
 from moectl.models.config import DecoderConfig
 from moectl.models.decoder import Decoder
@@ -96,14 +97,73 @@ def test_counts_and_json() -> None:
         assert part in text
 
 
-def test_nan_is_told_as_such() -> None:
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_base_that_computes_no_numbers_is_refused(bad: float) -> None:
     dense = hugging_face("llama")
     with torch.no_grad():
-        dense.model.model.norm.weight[0] = torch.nan
-    _, receipt = receipt_of(dense)
-    assert receipt.to_json()["error"] == {"float32": "NaN", "float64": "NaN"}
-    assert receipt.keeps_function is False
-    json.dumps(receipt.to_json(), allow_nan=False)
+        dense.model.model.norm.weight[0] = bad
+    with pytest.raises(CheckError, match="the model's logits are not finite in float32: its weights are damaged"):
+        receipt_of(dense)
+
+
+def test_noise_beyond_all_numbers_is_refused() -> None:
+    with pytest.raises(CheckError, match="the upcycled model's logits are not finite") as error:
+        receipt_of(hugging_face("llama"), init_noise=1e300)
+    assert "moe.init_noise" in str(error.value.hint)
+
+
+SPLIT = {"init": "split", "granularity": 4, "num_experts": 8}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3", "decoder"])
+@pytest.mark.parametrize(
+    ("changes", "keeps"),
+    [
+        ({"router": {"name": "topk", "top_k": 2}}, True),  # whichever copies the noise chooses
+        ({**SPLIT, "router": {"name": "topk", "top_k": 4, "noise_std": 0.0}}, True),
+        ({**SPLIT, "router": {"name": "topk", "top_k": 4, "noise_std": 0.1}}, False),
+        ({"capacity": {"factor": 0.25}}, False),
+    ],
+    ids=str,
+)
+def test_what_training_mode_changes_is_measured(kind: str, changes: dict[str, Any], keeps: bool) -> None:
+    """Noise mixes the parts of two MLPs, a capacity leaves tokens to the residual path; evaluation has neither."""
+    model, receipt = receipt_of(decoder() if kind == "decoder" else hugging_face(kind), **changes)
+    assert receipt.keeps_function is True
+    assert receipt.keeps_training is keeps
+    assert (receipt.training_error <= 1e-4) is keeps
+    assert receipt.to_json()["training_error"] == receipt.training_error
+    assert receipt.to_text().count("NOT the same function") == (not keeps)
+    assert not model.training and not any(layer.training for layer in model.moe_layers().values())
+    _, again = receipt_of(decoder() if kind == "decoder" else hugging_face(kind), **changes)
+    assert again.training_error == receipt.training_error, "the seed's"
+
+
+def test_experts_per_token_are_those_that_compute() -> None:
+    router = {"name": "expert-choice", "top_k": 2, "capacity_factor": 1.5}
+    _, receipt = receipt_of(hugging_face("llama"), init="random", init_noise=1e-3, router=router)
+    assert (receipt.top_k, receipt.per_token) == (2, 3.0)
+    assert "3 per token, init random" in receipt.to_text()
+    assert receipt.flops["moe"].experts == 2 * 3 * 6 * 32 * 48
+
+
+def test_what_cannot_be_is_refused_before_anything_is_measured() -> None:
+    """The measurement takes a float64 copy of the model: asking for its vocabulary is where it begins."""
+
+    class Measured(Exception):
+        pass
+
+    class Watched(HFLanguageModel):
+        @property
+        def vocab_size(self) -> int:
+            raise Measured
+
+    for changes in ({"router": {"name": "switch"}}, {"backend": "fast"}, {"router": {"name": "topk", "top_k": 9}},
+                    {"expert_intermediate_size": 7}):  # fmt: skip
+        with pytest.raises(ConfigError):
+            receipt_of(Watched(tiny("llama", torch.float32)).eval(), **changes)
+    with pytest.raises(Measured):
+        receipt_of(Watched(tiny("llama", torch.float32)).eval())
 
 
 def test_measuring_in_float64_is_exact_to_its_last_digits() -> None:

@@ -361,7 +361,7 @@ def test_a_full_disk_is_told_as_what_it_was(home: Path, monkeypatch: pytest.Monk
             raise MoectlError("cannot write run.json")
         original(self, **fields)
 
-    def save(self: Trainer) -> Path:
+    def save(self: Trainer, *, background: bool = False) -> Path:
         raise MoectlError(f"the checkpoint in {checkpoints} was not written")
 
     monkeypatch.setattr(RunDir, "update", update)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import write_corpus
+from tests.support import of_the_clock, write_corpus
 
 QUICK = """
 data: {domains: [fish, sums], source: SOURCE, tokenizer: bpe:300, block_size: 16}
@@ -70,7 +70,7 @@ def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 def _rows(place: Path, run: str) -> list[tuple[int, dict[str, Any]]]:
     lines = (place / "home" / "runs" / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    return [(row["step"], {k: v for k, v in row["values"].items() if "per_second" not in k}) for row in rows]
+    return [(row["step"], {k: v for k, v in row["values"].items() if not of_the_clock(k)}) for row in rows]
 
 
 def _weights(place: Path, run: str, step: int) -> bytes:
