@@ -34,6 +34,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("The walk", "prepare", "Turn texts into a split, packed, content-addressed dataset"),
     Command("The walk", "plan", "Say what a run takes: FLOPs, memory, time, money"),
     Command("The walk", "train", "Train a dense or Mixture-of-Experts model on it"),
+    Command("The walk", "ablate", "Train presets or variants, seeds of each, as one group"),
     Command("The walk", "eval", "Measure held-out loss and bits per byte, domain by domain"),
     Command("The walk", "inspect", "See which experts take which text, beside honest nulls"),
     Command("The walk", "runs", "List, show, compare and re-index what was run"),
