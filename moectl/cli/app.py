@@ -45,6 +45,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("The workshop", "upcycle", "Make a dense model's MLPs into experts, with a receipt"),
     Command("The workshop", "grow", "Give a model with experts more of them, and the same function"),
     Command("The workshop", "bases", "Fetch pretrained models that need no hub: smollm2"),
+    Command("The workshop", "distill", "Teach a dense model what a run has learned, and measure it"),
     Command("The workshop", "routers", "List, show and check routers, and start one of your own"),
     Command("The workshop", "config", "Show what a config comes to, every default written out"),
     Command("The workshop", "quickstart", "Take the whole walk at once, on the text that ships"),
