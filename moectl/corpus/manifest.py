@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from moectl.disk import hash_file
 from moectl.errors import CheckError, MoectlError, NotFoundError
 
 FORMAT = 1
@@ -176,15 +177,6 @@ def verify(folder: Path) -> None:
             raise MoectlError(
                 f"cannot read {folder / relative}: {error.strerror or error}", "Check its permissions."
             ) from error
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def file_entry(path: Path) -> FileEntry:

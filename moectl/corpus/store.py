@@ -12,6 +12,7 @@ from pathlib import Path
 
 from moectl import paths
 from moectl.corpus.manifest import MANIFEST_FILE, verify
+from moectl.disk import fsync
 from moectl.errors import CheckError, ConfigError, MoectlError, NotFoundError, unknown
 
 
@@ -105,14 +106,14 @@ def publish(folder: Path) -> Iterator[Path]:
         temporary.chmod(0o755)
         yield temporary
         for path in sorted(temporary.rglob("*")):
-            _fsync(path)
-        _fsync(temporary)
+            fsync(path)
+        fsync(temporary)
         try:
             temporary.rename(folder)
         except OSError:
             if not (folder / MANIFEST_FILE).is_file():
                 raise
-        _fsync(shelf)
+        fsync(shelf)
     except OSError as error:
         raise MoectlError(
             f"cannot write the dataset under {shelf}: {error.strerror or error}",
@@ -121,11 +122,3 @@ def publish(folder: Path) -> Iterator[Path]:
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

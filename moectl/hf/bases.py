@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from moectl import paths
+from moectl.disk import hash_file
 from moectl.errors import CheckError, MoectlError, NotFoundError, unknown
 from moectl.hf import gguf, pretrained
-from moectl.hf.folder import hash_file
 
 Say = Callable[[str], None]
 WEIGHTS = "*.safetensors"

@@ -8,7 +8,6 @@ transformers refuses the folder instead of loading it without its experts.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moectl.config.schema import MoEConfig
+from moectl.disk import describe
 from moectl.errors import CheckError, MoectlError, NotFoundError
 from moectl.hf.dense import family_of
 from moectl.hf.language_model import HFLanguageModel
@@ -65,7 +65,7 @@ def save_folder(
             shutil.copyfile(file, temporary / file.name)
         if router is not None:
             shutil.copyfile(router, temporary / ROUTER)
-        files = {file.name: _describe(file) for file in sorted(temporary.iterdir())}
+        files = {file.name: describe(file) for file in sorted(temporary.iterdir())}
         _write_json(temporary / MANIFEST, {"format": FORMAT, "files": files})
 
 
@@ -205,18 +205,8 @@ def _verify(folder: Path) -> None:
         if name not in files:
             raise CheckError(f"{file} lists no {name}", "Make the folder again.")
     for name, listed in files.items():
-        if not (folder / name).is_file() or _describe(folder / name) != listed:
+        if not (folder / name).is_file() or describe(folder / name) != listed:
             raise CheckError(f"{folder / name} is missing or damaged: its SHA-256 differs", "Make the folder again.")
-
-
-def _describe(file: Path) -> dict[str, Any]:
-    return {"size": file.stat().st_size, "sha256": hash_file(file)}
-
-
-def hash_file(file: Path) -> str:
-    """SHA-256 of a file, hex."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from moectl import paths
+from moectl.disk import fsync, hash_file
 from moectl.errors import CheckError, ConfigError, MissingDependencyError, MoectlError, NotFoundError
 from moectl.hf.dense import MODEL_TYPES
-from moectl.hf.folder import hash_file
-from moectl.hf.new_folder import fsync
 from moectl.hf.refusals import quiet_transformers, unreadable
 
 SUFFIX, SOURCE = ".gguf", "source.json"

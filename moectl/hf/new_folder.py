@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from moectl.disk import fsync
 from moectl.errors import ConfigError, MoectlError
 
 
@@ -43,12 +43,3 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise MoectlError(f"cannot write {folder}: {error}", "Check the disk, or name another folder.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def fsync(path: Path) -> None:
-    """On the disk, be it a file or a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moectl.disk import describe, fsync
 from moectl.errors import CheckError, MoectlError
 from moectl.training.exact_json import decode, encode
 
@@ -192,13 +193,6 @@ def verify_file(path: Path, listed: Mapping[str, Any]) -> None:
         raise CheckError(f"{path} is damaged: its SHA-256 is not the one in the manifest")
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """Size in bytes and SHA-256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"size": os.fstat(file.fileno()).st_size, "sha256": digest}
-
-
 def read_state(folder: Path) -> dict[str, Any]:
     """The JSON state, decoded. The caller has verified the file; CheckError where it was never a state."""
     try:
@@ -229,18 +223,6 @@ def refuse_full_disk(root: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> N
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
-
-
-def fsync(path: Path) -> None:
-    """Flush a file or folder to the disk; a file system that cannot flush folders is left alone."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(handle)
 
 
 def remove(path: Path) -> None:

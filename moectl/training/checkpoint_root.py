@@ -16,7 +16,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from moectl.training.checkpoint_files import fsync, remove
+from moectl.disk import fsync
+from moectl.training.checkpoint_files import remove
 
 STEP = re.compile(r"step-(\d{8,})")
 TEMPORARY, REPLACED = ".tmp-", ".replaced-"

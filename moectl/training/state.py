@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from moectl.disk import describe
 from moectl.errors import CheckError, MoectlError, NotFoundError
 from moectl.models.language_model import LanguageModel
 from moectl.training import checkpoint_files as files
@@ -75,7 +76,7 @@ class Checkpoint:
     @property
     def sha256(self) -> str:
         """Of the manifest, which holds the hash of every file: names this checkpoint and no other."""
-        return str(files.describe(self.folder / files.MANIFEST)["sha256"])
+        return str(describe(self.folder / files.MANIFEST)["sha256"])
 
 
 def save_checkpoint(
@@ -188,7 +189,7 @@ def newest_usable(
             with locked(root) if refused else nullcontext():
                 for folder, (read_sha256, problem) in refused.items():
                     with suppress(OSError):  # it may be another one by now, or none
-                        if files.describe(folder / files.MANIFEST)["sha256"] == read_sha256:
+                        if describe(folder / files.MANIFEST)["sha256"] == read_sha256:
                             messages.append(f"{set_aside(folder)}: {problem.message}")
             return checkpoint, used, messages
     except FileNotFoundError as error:

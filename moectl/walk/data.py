@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moectl.config.schema import DataConfig, ExperimentConfig
-from moectl.corpus.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, hash_file
+from moectl.corpus.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest
 from moectl.corpus.prepare import prepare
 from moectl.corpus.store import dataset_ids, datasets_by_age, find_dataset
+from moectl.disk import hash_file
 from moectl.errors import CheckError, ConfigError, MoectlError, NotFoundError
 from moectl.hf.bases import known_bases
 from moectl.models.config import SIZES

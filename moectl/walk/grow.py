@@ -16,11 +16,21 @@ from moectl.hf.growth import extend_model, mixture_of, multiply_model
 from moectl.hf.lora import merge
 from moectl.hf.new_folder import refuse_existing
 from moectl.hf.pretrained import TOKENIZER_FILES
-from moectl.models.accounting import BACKWARD, Flops, ParameterCount, count, forward_flops, weight_bytes
+from moectl.models.accounting import Flops, ParameterCount, count, forward_flops, weight_bytes
 from moectl.models.growth import changes, own_top_k
 from moectl.models.language_model import LanguageModel
 from moectl.walk.loading import load_run
-from moectl.walk.receipt import DTYPES, TOLERANCES, Dense, logits_in, logits_of, measure_dense, row_length, shape_of
+from moectl.walk.receipt import (
+    DTYPES,
+    TOLERANCES,
+    Dense,
+    counts_json,
+    logits_in,
+    logits_of,
+    measure_dense,
+    row_length,
+    shape_of,
+)
 
 
 @dataclass(frozen=True)
@@ -89,11 +99,7 @@ class GrowthReceipt:
             **plain,
             "layers": list(self.layers),
             "notes": list(self.notes),
-            "parameters": {when: counted.to_json() for when, counted in self.parameters.items()},
-            "flops": {
-                when: {"forward": flops.to_json(), "training": flops.total * (1 + BACKWARD)}
-                for when, flops in self.flops.items()
-            },
+            **counts_json(self.parameters, self.flops),
         }
 
     def to_text(self) -> str:

@@ -103,11 +103,7 @@ class Receipt:
             **plain,
             "layers": list(self.layers),
             "error": dict(self.error),
-            "parameters": {name: counted.to_json() for name, counted in self.parameters.items()},
-            "flops": {
-                name: {"forward": flops.to_json(), "training": flops.total * (1 + BACKWARD)}
-                for name, flops in self.flops.items()
-            },
+            **counts_json(self.parameters, self.flops),
             "flops_ratio": self.flops["moe"].total / self.flops["dense"].total,
         }
 
@@ -134,6 +130,17 @@ class Receipt:
                 f"weights        {_size(self.bytes['moe'])} (dense: {_size(self.bytes['dense'])})",
             )
         )
+
+
+def counts_json(parameters: Mapping[str, ParameterCount], flops: Mapping[str, Flops]) -> dict[str, Any]:
+    """Parameters and FLOPs per token of several models, by the models' names."""
+    return {
+        "parameters": {name: counted.to_json() for name, counted in parameters.items()},
+        "flops": {
+            name: {"forward": counted.to_json(), "training": counted.total * (1 + BACKWARD)}
+            for name, counted in flops.items()
+        },
+    }
 
 
 def measure_dense(model: LanguageModel, *, seed: int = 0, length: int | None = None) -> Dense:

@@ -8,8 +8,9 @@ import pytest
 
 from moectl.config.schema import DataConfig
 from moectl.corpus.loader import PackedDataset
-from moectl.corpus.manifest import ARRAYS, SPLITS, Manifest, hash_file, verify
+from moectl.corpus.manifest import ARRAYS, SPLITS, Manifest, verify
 from moectl.corpus.prepare import prepare
+from moectl.disk import hash_file
 from moectl.errors import CheckError, NotFoundError
 
 FILES = ["tokenizer.json", "documents.jsonl", *(f"{split}/{array}.npy" for split in SPLITS for array in ARRAYS)]

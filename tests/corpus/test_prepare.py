@@ -13,8 +13,9 @@ import pytest
 
 from moectl.config.schema import DataConfig
 from moectl.corpus.loader import PackedDataset
-from moectl.corpus.manifest import Manifest, hash_file
+from moectl.corpus.manifest import Manifest
 from moectl.corpus.prepare import prepare
+from moectl.disk import hash_file
 from moectl.errors import CheckError, ConfigError, MoectlError, NotFoundError
 
 Build = Callable[..., DataConfig]

@@ -18,10 +18,10 @@ import torch
 from tokenizers import Tokenizer
 
 from moectl.corpus.tokenization import train_bpe
+from moectl.disk import hash_file
 from moectl.errors import CheckError, ConfigError, MissingDependencyError, MoectlError, NotFoundError
 from moectl.hf import gguf
 from moectl.hf.bases import KnownBase, base_folder, fetch, weights_sha256
-from moectl.hf.folder import hash_file
 from moectl.hf.pretrained import load_dense
 from tests.hf.tiny_gguf import write_gguf, write_wheel
 

@@ -20,8 +20,9 @@ import moectl
 from moectl.cli.app import main
 from moectl.config.schema import ExperimentConfig
 from moectl.corpus.loader import PackedDataset
-from moectl.corpus.manifest import Manifest, hash_file
+from moectl.corpus.manifest import Manifest
 from moectl.corpus.tokenization import parse_spec, read_tokenizer, train_bpe
+from moectl.disk import hash_file
 from moectl.doctor.run_subject import open_run
 from moectl.errors import ConfigError
 from moectl.evaluation.losses import evaluate

@@ -52,6 +52,7 @@ from torch import Tensor
 
 from moectl import paths
 from moectl.corpus.loader import PackedDataset
+from moectl.disk import describe
 from moectl.errors import CheckError, ConfigError, MoectlError
 from moectl.runs.rundir import RunDir
 from moectl.runs.store import Registry
@@ -163,7 +164,7 @@ def no_state(folder: Path) -> None:
     forge(folder, lambda state, tensors: None)
     (folder / "state.json").write_text("[1, 2", encoding="ascii")
     manifest = json.loads((folder / "manifest.json").read_text("ascii"))
-    manifest["files"]["state.json"] = files.describe(folder / "state.json")
+    manifest["files"]["state.json"] = describe(folder / "state.json")
     del manifest["sha256"]
     manifest["sha256"] = files._digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="ascii")
